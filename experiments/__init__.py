@@ -1,0 +1,1 @@
+"""Configurations, compositions and studies; `cli.py` is where everything meets."""

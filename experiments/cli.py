@@ -1,0 +1,140 @@
+"""The command line: where config, server and clients meet."""
+
+import json
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from fedpeft.config import FAMILIES, ConfigError, app_folder, presets_of
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+
+
+def _presets() -> str:
+    place = app_folder() / "experiments" / "conf"
+    return "\n\n".join(f"  [bold]{family}=[/bold] {' '.join(presets_of(family, place))}" for family in FAMILIES)
+
+
+RUN_HELP = f"""Federate an adapter: simulate all clients on this machine.
+
+[bold]OVERRIDES[/bold] are key=value. Presets, by family:
+
+{_presets()}
+
+Numbers: rounds clients cohort seed min_clients train.steps train.epochs train.batch train.lr train.head_lr train.optimizer train.clip
+evaluate.every evaluate.head_only run.dir run.device run.threads, and the fields of each preset: model.id data.path data.partition.alpha
+data.min_examples adapter.rank codec.dtype strategy.mu mean.trim ...
+
+Examples:
+
+  fedpeft run
+
+  fedpeft run strategy=ffa rounds=20 adapter.rank=4
+
+  fedpeft run model=minilm data=banking77 data.path=FOLDER clients=10 cohort=10 train.batch=32
+
+  fedpeft run --resume runs/2026-01-31-120000-fedavg
+"""
+
+
+@app.callback()
+def fedpeft() -> None:
+    """Federated parameter-efficient fine-tuning: the data stay, adapters travel."""
+
+
+@app.command(help=RUN_HELP)
+def run(
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value ...", show_default=False)] = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.", show_default=False)] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Only the result.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Only the result, as one JSON object.")] = False,
+) -> None:
+    from experiments.progress import Progress
+    from experiments.report import write_report
+    from experiments.simulate import simulate
+
+    began = time.perf_counter()
+    with Progress(silent=quiet or as_json) as progress:
+        summary = simulate(overrides or [], resume=resume, watch=progress.watch)
+    result = _result(summary, time.perf_counter() - began)
+    write_report(summary.folder, result)
+    if as_json:
+        print(json.dumps(result))
+    else:
+        progress.finish(result)
+
+
+@app.command()
+def doctor() -> None:
+    """Look at this machine: versions, device, memory, disk, and how many clients would fit."""
+    from experiments.doctor import examine
+
+    raise typer.Exit(examine(Console()))
+
+
+@app.command()
+def report(run_dir: Annotated[Path, typer.Argument(help="The folder of a run.")]) -> None:
+    """Write report.html of a run again."""
+    from experiments.report import read_result, write_report
+
+    print(write_report(run_dir, read_result(run_dir)))
+
+
+def _result(summary: Any, seconds: float) -> dict[str, Any]:
+    head = summary.head_only
+    return {
+        "accuracy": {
+            "zero_shot": summary.outcome.zero_shot,
+            "head_only": head.final if head else None,
+            "final": summary.outcome.final,
+            "measure": summary.outcome.measure,
+        },
+        "bytes": {"up": summary.outcome.bytes_up, "down": summary.outcome.bytes_down},
+        "parameters": summary.outcome.parameters,
+        "seconds": seconds,
+        "seconds_of_rounds": summary.outcome.seconds,
+        "epsilon": None,
+        "run_dir": str(summary.folder),
+    }
+
+
+def main() -> None:
+    """Runs the command; exit code 2 for what the user can fix in the command, 1 for a run that failed."""
+    from server.rounds import RoundFailed
+
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
+    try:
+        app(standalone_mode=False)
+    except ConfigError as fault:
+        _say(str(fault), 2)
+    except (RoundFailed, OSError) as fault:
+        _say(_taught(fault), 1)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except KeyboardInterrupt:
+        _say("stopped; continue with `fedpeft run --resume` and the run's folder", 130)
+    except Exception as fault:
+        if type(fault).__module__.startswith("click") or hasattr(fault, "format_message"):
+            _say(getattr(fault, "format_message", lambda: str(fault))(), 2)
+        raise
+
+
+def _taught(fault: Exception) -> str:
+    if isinstance(fault, OSError) and fault.errno is not None:
+        where = f" at {fault.filename}" if fault.filename else ""
+        return (
+            f"writing or reading failed{where}: {fault.strerror}. Free disk space or choose another run.dir; what is written is kept, "
+            "continue with `fedpeft run --resume` and the run's folder"
+        )
+    return str(fault)
+
+
+def _say(text: str, code: int) -> None:
+    for line in text.splitlines():
+        print(f"fedpeft: {line}", file=sys.stderr)
+    sys.exit(code)

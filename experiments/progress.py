@@ -1,0 +1,88 @@
+"""Progress of a run: a bar on a terminal, plain lines elsewhere, nothing when silent."""
+
+import math
+import sys
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+from fedpeft.config import Config
+
+LINES = 10  # plain lines a run prints besides its evaluations
+
+
+class Progress:
+    """Shows ledger entries as they come."""
+
+    def __init__(self, *, silent: bool) -> None:
+        self._console = Console()
+        self._bar: Bar | None = None
+        self._silent, self._tasks, self._accuracy = silent, dict[str, TaskID](), dict[str, float]()
+        if not silent and self._console.is_terminal:
+            self._bar = Bar(
+                TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[facts]}"),
+                TimeRemainingColumn(), console=self._console,
+            )  # fmt: skip
+
+    def __enter__(self) -> Self:
+        if self._bar:
+            self._bar.start()
+            self._tasks["loading"] = self._bar.add_task("loading model and data", total=None, facts="")
+        elif not self._silent:
+            print("loading model and data", flush=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def watch(self, what: str, config: Config, entry: dict[str, Any]) -> None:
+        """One finished round."""
+        if self._silent:
+            return
+        if entry["accuracy"] is not None:
+            self._accuracy[what] = entry["accuracy"]
+        for fault in entry["faults"]:
+            print(f"fedpeft: round {entry['round'] + 1}, client {fault['client']}: {fault['reason']}", file=sys.stderr)
+        done, total = entry["round"] + 1, config.rounds
+        if self._bar:
+            if "loading" in self._tasks:
+                self._bar.remove_task(self._tasks.pop("loading"))
+            if what not in self._tasks:
+                self._tasks[what] = self._bar.add_task(what, total=total, facts="", completed=entry["round"])
+            self._bar.update(self._tasks[what], completed=done, facts=self._facts(what, entry))
+        elif done == total or done % max(1, math.ceil(total / LINES)) == 0 or entry["accuracy"] is not None:
+            left = entry["seconds"] / done * (total - done)
+            print(f"{what}: round {done}/{total}  {self._facts(what, entry)}  {left:.0f} s left", flush=True)
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """The result as a small table."""
+        accuracy, table = result["accuracy"], Table(show_header=False, box=None, padding=(0, 2))
+        table.add_row("accuracy before training (zero-shot)", f"{accuracy['zero_shot']:.3f}")
+        if accuracy["head_only"] is not None:
+            table.add_row("federated, head only", f"{accuracy['head_only']:.3f}")
+        note = " (mean of the clients' own models)" if accuracy["measure"] == "personal" else ""
+        table.add_row("federated, adapter and head", f"[bold]{accuracy['final']:.3f}[/bold]{note}")
+        table.add_row("payload bytes up / down", f"{size(result['bytes']['up'])} / {size(result['bytes']['down'])}")
+        table.add_row("seconds", f"{result['seconds']:.1f}")
+        table.add_row("run folder", result["run_dir"])
+        table.add_row("report", f"{result['run_dir']}/report.html")
+        self._console.print(table)
+
+    def _facts(self, what: str, entry: dict[str, Any]) -> str:
+        seen = self._accuracy.get(what)
+        loss = "loss    -" if entry["loss"] is None else f"loss {entry['loss']:.3f}"
+        accuracy = "" if seen is None else f"  accuracy {seen:.3f}"
+        return f"{loss}{accuracy}  up {size(entry['total_up'])}  down {size(entry['total_down'])}"
+
+
+def size(count: float) -> str:
+    """A number of bytes for people, in powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"

@@ -1,0 +1,118 @@
+"""report.html: one self-contained page of a run: result, curves, bytes, who owned what, faults."""
+
+import html
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from experiments.progress import size
+from fedpeft.config import ConfigError
+from fedpeft.ledger import Ledger, write_text
+
+STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1a1a1a}
+table{border-collapse:collapse}td,th{padding:.25rem 1rem .25rem 0;text-align:left;vertical-align:top}
+td.n{text-align:right;font-variant-numeric:tabular-nums}svg{max-width:100%;height:auto}pre{background:#f4f4f4;padding:1rem;overflow:auto}"""
+
+
+def write_report(folder: Path, result: dict[str, Any]) -> Path:
+    """Writes result.json and report.html into the run's folder."""
+    write_text(folder / "result.json", json.dumps(result, indent=2) + "\n")
+    entries = Ledger(folder / "ledger.jsonl").entries()
+    baseline = Ledger(folder / "head_only" / "ledger.jsonl").entries()
+    split = json.loads((folder / "split.json").read_text()) if (folder / "split.json").exists() else None
+    page = _page(folder, result, entries, baseline, split)
+    write_text(folder / "report.html", page)
+    return folder / "report.html"
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """The result of a finished run."""
+    try:
+        found: dict[str, Any] = json.loads((folder / "result.json").read_text())
+    except (OSError, json.JSONDecodeError):
+        raise ConfigError(f"{folder} holds no finished run (no result.json); finish it with `fedpeft run --resume {folder}`") from None
+    return found
+
+
+def _page(folder: Path, result: dict[str, Any], entries: list[dict[str, Any]], baseline: list[dict[str, Any]], split: Any) -> str:
+    accuracy = result["accuracy"]
+    rows = [
+        ("accuracy before training (zero-shot)", _percent(accuracy["zero_shot"])),
+        ("federated, head only", _percent(accuracy["head_only"])),
+        (f"federated, adapter and head ({accuracy['measure']} model)", _percent(accuracy["final"])),
+        ("trained parameters", f"{result['parameters']:,}"),
+        ("payload bytes up / down", f"{size(result['bytes']['up'])} / {size(result['bytes']['down'])}"),
+        ("seconds", f"{result['seconds']:.1f}"),
+        ("epsilon", "none: no differential privacy" if result["epsilon"] is None else f"{result['epsilon']:.3f}"),
+    ]
+    table = "".join(f"<tr><td>{html.escape(name)}</td><td class=n>{html.escape(value)}</td></tr>" for name, value in rows)
+    faults = [(entry["round"], fault) for entry in entries for fault in entry["faults"]]
+    listed = "".join(f"<li>round {r + 1}, client {f['client']}: {html.escape(f['reason'])}</li>" for r, f in faults) or "<li>none</li>"
+    config = html.escape((folder / "config.yaml").read_text()) if (folder / "config.yaml").exists() else ""
+    parts = [
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>fedpeft {html.escape(folder.name)}</title><style>{STYLE}</style>",
+        f"<h1>{html.escape(folder.name)}</h1><table>{table}</table><h2>Rounds</h2>{_curves(entries, baseline, accuracy)}",
+        f"<h2>Who owned what</h2><p>{html.escape(_described(split))}</p>{_histogram(split)}" if split else "",
+        f"<h2>Faults</h2><ul>{listed}</ul><h2>Config</h2><pre>{config}</pre></html>",
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def _curves(entries: list[dict[str, Any]], baseline: list[dict[str, Any]], accuracy: dict[str, Any]) -> str:
+    figure, (left, middle, right) = _figure(3, (12, 3.4))
+    for name, some, color in (("adapter and head", entries, "C0"), ("head only", baseline, "C1")):
+        seen = [(entry["round"] + 1, entry["accuracy"]) for entry in some if entry["accuracy"] is not None]
+        if seen:
+            left.plot([0, *(r for r, _ in seen)], [accuracy["zero_shot"], *(a for _, a in seen)], "o-", ms=3, color=color, label=name)
+        losses = [(entry["round"] + 1, entry["loss"]) for entry in some if entry["loss"] is not None]
+        if losses:
+            middle.plot(*zip(*losses, strict=True), color=color, label=name)
+    for name, key in (("up", "total_up"), ("down", "total_down")):
+        right.plot([e["round"] + 1 for e in entries], [e[key] / 1e6 for e in entries], label=name)
+    for axis, title in ((left, "test accuracy"), (middle, "training loss"), (right, "payload megabytes, total")):
+        axis.set(title=title, xlabel="round")
+        axis.legend(frameon=False)
+    left.set_ylim(0, 1)
+    return _svg(figure)
+
+
+def _histogram(split: dict[str, Any]) -> str:
+    counts = split["histogram"]
+    figure, (axis,) = _figure(1, (12, 3.4))
+    image = axis.imshow(list(zip(*counts, strict=True)), aspect="auto", cmap="Blues", interpolation="nearest")
+    axis.set(xlabel="client", ylabel="label", title="examples of each label at each client")
+    names = split["classes"]
+    if 0 < len(names) <= 20:
+        axis.set_yticks(range(len(names)), names)
+    figure.colorbar(image, ax=axis)
+    return _svg(figure)
+
+
+def _figure(axes: int, inches: tuple[float, float]) -> tuple[Any, list[Any]]:
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=inches, layout="constrained")
+    made = [figure.add_subplot(1, axes, i + 1) for i in range(axes)]
+    for axis in made:
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, made
+
+
+def _svg(figure: Any) -> str:
+    out = io.StringIO()
+    figure.savefig(out, format="svg", metadata={"Date": None})
+    text = out.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _described(split: dict[str, Any]) -> str:
+    facts = split["describe"]
+    return ", ".join(f"{name.replace('_', ' ')}: {round(value, 2) if isinstance(value, float) else value}" for name, value in facts.items())
+
+
+def _percent(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.3f}"

@@ -1,0 +1,83 @@
+"""`fedpeft run`: server and clients in this process, joined by the in-process grid; with the federated head-only baseline beside it."""
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from clients.app import Site, serve
+from clients.memory import Memory
+from fedpeft.config import Config, ConfigError, build, load
+from fedpeft.data.partition import describe, histogram
+from fedpeft.setting import Setting, open_setting
+from fedpeft.simulation import InProcessGrid
+from server.app import Outcome, federate
+from server.folder import Folder, create, reopen
+
+BASELINE = "head_only"  # the folder of the baseline inside a run's
+Watch = Callable[[str, Config, dict[str, Any]], None]  # (what runs, its config, ledger entry) after each round
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What the user asked for: a run, and its baselines."""
+
+    folder: Path
+    outcome: Outcome
+    head_only: Outcome | None
+
+
+def simulate(overrides: Sequence[str], *, resume: Path | None = None, watch: Watch = lambda what, config, entry: None) -> Summary:
+    """Runs what `overrides` describe, or goes on with the run in folder `resume`."""
+    if resume is not None and overrides:
+        raise ConfigError(f"--resume takes the config of {resume} as it is; leave out {' '.join(overrides)}, or begin another run")
+    if resume is not None:
+        folder, config = reopen(resume)
+        overrides = [str(text) for text in folder.manifest()["overrides"]]
+    else:
+        config = load(overrides)
+        folder = None
+    setting = open_setting(config)
+    if folder is None:
+        place = Path(config.run.dir or f"runs/{datetime.now():%Y-%m-%d-%H%M%S}-{config.choices['strategy']}")
+        folder = create(place, config, overrides)
+        folder.write("split.json", _split(setting))
+    main = _drive("run", config, setting, folder, watch)
+    head_only = None
+    if config.evaluate.head_only and config.choices["adapter"] != "head":
+        head_only = _baseline(overrides, setting, folder, watch)
+    return Summary(folder.path, main, head_only)
+
+
+def _baseline(overrides: Sequence[str], setting: Setting, folder: Folder, watch: Watch) -> Outcome:
+    """The same federation with only the head trained, by plain FedAvg."""
+    own = ("strategy", "adapter", "codec", "privacy", "mean", "run.dir")
+    kept = [text for text in overrides if not text.startswith(own)]
+    kept += ["strategy=fedavg", "adapter=head", "evaluate.head_only=false"]
+    config, place = load(kept), folder.path / BASELINE
+    setting.adapted.undo()
+    there = reopen(place)[0] if (place / "manifest.json").exists() else create(place, config, kept)
+    return _drive("head-only baseline", config, open_setting(config, base=setting.base), there, watch)
+
+
+def _drive(what: str, config: Config, setting: Setting, folder: Folder, watch: Watch) -> Outcome:
+    site = Site(setting, build(config.strategy), build(config.codec), Memory(folder.path / "memory", replies=False))
+    nodes = {InProcessGrid.FIRST + client: client for client in range(config.clients)}
+    steps: Generator[dict[str, Any], None, Outcome] = federate(config, setting, InProcessGrid(serve(site, nodes), config.clients), folder)
+    while True:
+        try:
+            watch(what, config, next(steps))
+        except StopIteration as end:
+            outcome: Outcome = end.value
+            return outcome
+
+
+def _split(setting: Setting) -> dict[str, Any]:
+    labels, classes = setting.dataset.train.labels, max(len(setting.dataset.classes), 1)
+    return {
+        "describe": describe(setting.split, labels, classes),
+        "classes": list(setting.dataset.classes),
+        "names": list(setting.split.names),
+        "histogram": histogram(setting.split, labels, classes).tolist(),
+    }

@@ -1,0 +1,1 @@
+"""Adapters, one PEFT family per file; `base.py` holds the protocol."""

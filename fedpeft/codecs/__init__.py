@@ -1,0 +1,1 @@
+"""Wire codecs, one per file; `base.py` holds the protocol."""

@@ -1,0 +1,256 @@
+"""Config: a run's settings as frozen dataclasses, composed by Hydra from presets and overrides.
+
+Presets lie in `experiments/conf`: `strategy=ffa` chooses the file `strategy/ffa.yaml`, `train.lr=0.01` a value inside. All faults that can
+be seen before anything is loaded are reported at once.
+"""
+
+import difflib
+import importlib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+FAMILIES = ("strategy", "adapter", "model", "data", "codec", "privacy", "mean")
+PACKAGES = ("fedpeft", "strategies")  # what a preset's _target_ may name
+Spec = Mapping[str, Any]
+
+
+class ConfigError(ValueError):
+    """One or more faults in what the user asked for; exit code 2."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """What one client does in one round."""
+
+    steps: int | None = 5  # optimizer steps a round; None: epochs
+    epochs: float | None = None  # passes over the client's data a round; None: steps
+    batch: int = 8  # examples a step
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: float = 5e-3  # of the adapter
+    head_lr: float | None = None  # of the task head; None: three times lr
+    momentum: float = 0.0  # of sgd
+    weight_decay: float = 0.0
+    clip: float | None = None  # largest gradient norm of a step
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """When the model is measured on the test set."""
+
+    every: int = 5  # rounds between two evaluations; the last round is always evaluated
+    batch: int = 128  # examples a forward pass
+    head_only: bool = True  # also run the federated head-only baseline first
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where a run goes and what it runs on."""
+
+    dir: str | None = None  # default: runs/<time>-<strategy>
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
+    threads: int = 1  # of each process; two spinning threads on a busy machine are ten times slower
+    keep: int = 2  # checkpoints kept
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a run is made of. The families hold their preset's `_target_` and its arguments."""
+
+    rounds: int
+    clients: int
+    cohort: int  # clients a round
+    seed: int
+    min_clients: int  # answers a round needs
+    deadline: float | None  # seconds from broadcast to the last accepted update; None: no limit
+    run: Run
+    train: Training
+    evaluate: Evaluation
+    strategy: Spec
+    adapter: Spec
+    model: Spec
+    data: Spec
+    codec: Spec
+    privacy: Spec
+    mean: Spec
+    choices: Mapping[str, str] = field(default_factory=dict)  # the preset chosen in each family
+
+
+def app_folder() -> Path:
+    """The folder that holds `strategies`, `clients`, `server` and `experiments`: in the wheel inside fedpeft, in a checkout beside it."""
+    inside = Path(__file__).resolve().parent / "_app"
+    return inside if inside.is_dir() else inside.parent.parent
+
+
+def load(overrides: Sequence[str], presets: Path | None = None) -> Config:
+    """The config of the installed presets (or those in folder `presets`) under `overrides`. Raises `ConfigError` with all faults."""
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    presets = presets or app_folder() / "experiments" / "conf"
+    faults: list[str] = []
+    kept = [text for text in overrides if not _refused(text, presets, faults)]
+    with initialize_config_dir(str(presets.resolve()), version_base="1.3"):
+        groups = [text for text in kept if _key(text) in FAMILIES]
+        tree = compose("config", groups, return_hydra_config=False)
+        known = [text for text in kept if text in groups or _known(tree, _key(text), faults)]
+        try:
+            tree = compose("config", known)
+        except Exception as fault:  # Hydra raises a dozen kinds; each says in words what it could not read
+            raise ConfigError("\n".join([*faults, f"{' '.join(known)}: {_first_line(fault)}"])) from None
+    plain = OmegaConf.to_container(tree, resolve=True)
+    assert isinstance(plain, dict)
+    chosen = {_key(text): text.partition("=")[2] for text in groups}
+    config = _typed({str(k): v for k, v in plain.items()}, {**_defaults(presets), **chosen}, faults)
+    if config is not None:
+        faults += check(config)
+    if faults or config is None:
+        raise ConfigError("\n".join(dict.fromkeys(faults)))
+    return config
+
+
+def check(config: Config) -> list[str]:
+    """Faults that span fields, or that a type cannot say; one sentence each."""
+    faults = []
+    for name in ("rounds", "clients", "cohort", "min_clients"):
+        if getattr(config, name) < 1:
+            faults.append(f"{name}={getattr(config, name)}: needed is at least 1")
+    if config.cohort > config.clients:
+        faults.append(
+            f"cohort={config.cohort} is more than clients={config.clients}: a round cannot draw more clients than there are; lower cohort"
+        )
+    if config.min_clients > config.cohort:
+        faults.append(f"min_clients={config.min_clients} is more than cohort={config.cohort}: no round could succeed; lower min_clients")
+    train = config.train
+    if (train.steps is None) == (train.epochs is None):
+        faults.append(
+            f"train.steps={train.steps} and train.epochs={train.epochs}: set one and make the other null, for instance train.steps=null train.epochs=1"
+        )
+    if train.steps is not None and train.steps < 1:
+        faults.append(f"train.steps={train.steps}: needed is at least 1")
+    if train.epochs is not None and not train.epochs > 0:
+        faults.append(f"train.epochs={train.epochs}: needed is more than 0")
+    if train.batch < 1:
+        faults.append(f"train.batch={train.batch}: needed is at least 1")
+    if train.optimizer not in get_args(Training.__annotations__["optimizer"]):
+        faults.append(f"train.optimizer={train.optimizer}: needed is adamw or sgd")
+    for name in ("lr", "head_lr", "clip"):
+        value = getattr(train, name)
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            faults.append(f"train.{name}={value}: needed is a positive number")
+    if not 0 <= train.momentum < 1:
+        faults.append(f"train.momentum={train.momentum}: needed is a number in [0, 1)")
+    if config.evaluate.every < 1 or config.evaluate.batch < 1:
+        faults.append(f"evaluate.every={config.evaluate.every}, evaluate.batch={config.evaluate.batch}: needed is at least 1")
+    if config.run.threads < 1 or config.run.keep < 1:
+        faults.append(f"run.threads={config.run.threads}, run.keep={config.run.keep}: needed is at least 1")
+    if config.deadline is not None and config.deadline <= 0:
+        faults.append(f"deadline={config.deadline}: needed is a positive number of seconds, or null")
+    if int(config.data.get("min_examples", 1)) < 1:
+        faults.append(f"data.min_examples={config.data['min_examples']}: needed is at least 1")
+    return faults
+
+
+def build(spec: Spec, *, leaves_out: Iterable[str] = ()) -> Any:
+    """The object a preset describes: its `_target_` called with its other fields.
+
+    `_target_` comes only from installed presets (an override that names it is refused) and only from fedpeft's own packages.
+    """
+    target = str(spec["_target_"])
+    if target.split(".")[0] not in PACKAGES:
+        raise ConfigError(f"_target_ {target} is not one of fedpeft's own; presets may name only {' and '.join(PACKAGES)}")
+    module, _, name = target.rpartition(".")
+    arguments = {key: _frozen(value) for key, value in spec.items() if key != "_target_" and key not in set(leaves_out)}
+    return getattr(importlib.import_module(module), name)(**arguments)
+
+
+def presets_of(family: str, presets: Path) -> list[str]:
+    """The names that `family=` takes."""
+    return sorted(path.stem for path in (presets / family).glob("*.yaml"))
+
+
+def _refused(text: str, presets: Path, faults: list[str]) -> bool:
+    key, sign, value = text.partition("=")
+    before = len(faults)
+    if not sign:
+        faults.append(f"{text}: needed is key=value, for instance rounds=20 or strategy=ffa")
+    elif key.startswith(("+", "~")):
+        faults.append(f"{text}: keys cannot be added or removed; `fedpeft run --help` lists them")
+    elif "_target_" in text:
+        faults.append(f"{text}: _target_ is read only from the installed presets; choose a preset by name instead")
+    elif key in FAMILIES and value not in presets_of(key, presets):
+        close = difflib.get_close_matches(value, presets_of(key, presets), 1)
+        hint = f"did you mean {key}={close[0]}? " if close else ""
+        inside = f" An id or a path goes inside: {key}.id=... or {key}.path=..." if key in ("model", "data") else ""
+        faults.append(f"{text}: there is no such {key}; {hint}There are {', '.join(presets_of(key, presets))}.{inside}")
+    return len(faults) > before
+
+
+def _known(tree: Any, key: str, faults: list[str]) -> bool:
+    from omegaconf import OmegaConf
+
+    at = tree
+    path = key.split(".")
+    for depth, part in enumerate(path):
+        names = [str(name) for name in at] if OmegaConf.is_dict(at) else []
+        if OmegaConf.is_dict(at) and (part in names or (depth > 1 and path[0] in FAMILIES)):  # free mappings lie inside presets
+            at = at[part] if part in names else None
+            continue
+        if at is None or (OmegaConf.is_dict(at) and not names and path[0] in FAMILIES):
+            return True
+        close = difflib.get_close_matches(part, names, 1)
+        where = ".".join(path[:depth])
+        hint = f"did you mean {'.'.join([*path[:depth], close[0]])}? " if close else ""
+        there = ", ".join(n for n in names if n != "_target_") or "no fields"
+        faults.append(f"{key}: there is no such key; {hint}{where or 'The config'} has {there}")
+        return False
+    return True
+
+
+def _typed(plain: dict[str, Any], choices: Mapping[str, str], faults: list[str]) -> Config | None:
+    parts = {"run": Run, "train": Training, "evaluate": Evaluation}
+    made: dict[str, Any] = {}
+    for name, value in plain.items():
+        if name in parts:
+            made[name] = parts[name](**{k: _cast(parts[name], k, v, f"{name}.{k}", faults) for k, v in value.items()})
+        elif name in FAMILIES:
+            made[name] = value
+        else:
+            made[name] = _cast(Config, name, value, name, faults)
+    return None if faults else Config(**made, choices={family: choices[family] for family in FAMILIES})
+
+
+def _cast(cls: type, name: str, value: Any, shown: str, faults: list[str]) -> Any:
+    kind = next(f.type for f in fields(cls) if f.name == name)
+    kinds: tuple[type, ...] = tuple(a for a in get_args(kind) if isinstance(a, type)) or ((kind,) if isinstance(kind, type) else (str,))
+    if float in kinds and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        wanted = " or ".join(
+            "null" if k is type(None) else {"int": "a whole number", "float": "a number"}.get(k.__name__, k.__name__) for k in kinds
+        )
+        faults.append(f"{shown}={value}: needed is {wanted}")
+    return value
+
+
+def _defaults(presets: Path) -> dict[str, str]:
+    from omegaconf import OmegaConf
+
+    rows: Any = OmegaConf.to_container(OmegaConf.load(presets / "config.yaml"))["defaults"]  # type: ignore[call-overload,index]  # a mapping
+    return {str(k): str(v) for row in rows if isinstance(row, dict) for k, v in row.items()}
+
+
+def _key(text: str) -> str:
+    return text.partition("=")[0]
+
+
+def _frozen(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(_frozen(item) for item in value)
+    return {k: _frozen(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+def _first_line(fault: Exception) -> str:
+    return next(iter(str(fault).splitlines()), type(fault).__name__)

@@ -1,0 +1,1 @@
+"""Frozen base models: loading, encoding of examples, scores, fingerprints."""

@@ -1,0 +1,163 @@
+"""Broadcast and Update as Flower records: one flat byte array and a JSON header, so that any dtype and any rank fits.
+
+A tensor that the receiver already holds (same digest as in the broadcast it answered last) is named but not sent.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass
+
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+
+from fedpeft.codecs.base import Codec, Layout, Payload, Spec, header, layout, parse
+from fedpeft.codecs.raw import Raw, raw_bytes
+from fedpeft.lowrank import LowRank
+from fedpeft.messages import Broadcast, Update
+from fedpeft.tensors import Tensors, is_b
+
+BASE = "base_delta/"
+Scalar = int | float | str | bool
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A broadcast on the wire: its payload, the digests its receiver then holds, and one digest of the whole."""
+
+    payload: Payload
+    digests: frozenset[str]
+    digest: str
+
+
+class Packer:
+    """Packs a broadcast once for all clients that hold the same; one per round."""
+
+    def __init__(self) -> None:
+        self._tensors: dict[int, tuple[Broadcast, dict[str, tuple[Spec, str, bytes]], str]] = {}
+        self._packed: dict[tuple[int, frozenset[str]], Packed] = {}
+
+    def pack(self, broadcast: Broadcast, held: frozenset[str] = frozenset()) -> Packed:
+        """The broadcast without the tensors whose digests are in `held`."""
+        _, rows, whole = self._rows(broadcast)
+        missed = held & {digest for _, digest, _ in rows.values()}
+        key = (id(broadcast), missed)
+        if key not in self._packed:
+            head = [[s.name, str(s.dtype).removeprefix("torch."), list(s.shape), d, d not in held] for s, d, _ in rows.values()]
+            data = b"".join(raw for _, digest, raw in rows.values() if digest not in held)
+            digests = frozenset(digest for _, digest, _ in rows.values())
+            self._packed[key] = Packed(Payload(json.dumps(head, separators=(",", ":")), data), digests, whole)
+        return self._packed[key]
+
+    def _rows(self, broadcast: Broadcast) -> tuple[Broadcast, dict[str, tuple[Spec, str, bytes]], str]:
+        if id(broadcast) not in self._tensors:  # the broadcast is kept too, so that its id stays its own
+            tensors = _flat(broadcast)
+            rows = {}
+            for spec in layout(tensors):
+                raw = raw_bytes(tensors[spec.name])
+                rows[spec.name] = (spec, _digest(raw, str(spec.shape)), raw)
+            whole = _digest("".join(name + digest for name, (_, digest, _) in rows.items()).encode())
+            self._tensors[id(broadcast)] = (broadcast, rows, whole)
+        return self._tensors[id(broadcast)]
+
+
+def unpack_broadcast(payload: Payload, held: Mapping[str, torch.Tensor], store: MutableMapping[str, torch.Tensor]) -> Broadcast:
+    """The broadcast; what it names is put into `store` under its digest, sharing memory with what is held already.
+
+    `LookupError` if it leaves out a tensor that is not in `held`: the sender then sends the whole.
+    """
+    rows = _rows(payload.header)
+    new = Raw().decode(payload.data, tuple(spec for spec, _, was_sent in rows if was_sent))
+    tensors: Tensors = {}
+    for spec, digest, was_sent in rows:
+        if not was_sent and digest not in held:
+            raise LookupError(f"{spec.name} was not sent and is not held here")
+        tensors[spec.name] = held[digest] if digest in held else new[spec.name]
+        store[digest] = tensors[spec.name]
+    return _nested(tensors)
+
+
+def pack_update(update: Update, sent: Broadcast, codec: Codec) -> Payload:
+    """The update's tensors through `codec`: differences from what was sent if it is lossy, else values."""
+    tensors = update.tensors if codec.lossless else difference(update.tensors, sent.tensors)
+    return Payload(header(layout(tensors)), codec.encode(tensors))
+
+
+def unpack_update(payload: Payload, facts: Mapping[str, float], client: int, sent: Broadcast, codec: Codec) -> Update:
+    """The update of `client`. The bytes are hostile: `ValueError` unless header and data fit one another."""
+    specs: Layout = parse(_json(payload.header))
+    tensors = codec.decode(payload.data, specs)
+    metrics = {name: value for name, value in facts.items() if name != "weight"}
+    values = tensors if codec.lossless else restored(tensors, sent.tensors)
+    return Update(client, values, float(facts["weight"]), metrics)
+
+
+def difference(tensors: Tensors, start: Tensors) -> Tensors:
+    """What changed. A tensor the server did not send in this shape goes as it is: both sides see that from the shapes."""
+    return {name: t - start[name] if _moves(name, t, start) else t for name, t in tensors.items()}
+
+
+def restored(steps: Tensors, start: Tensors) -> Tensors:
+    """The inverse of `difference`."""
+    return {name: t + start[name] if _moves(name, t, start) else t for name, t in steps.items()}
+
+
+def to_records(payload: Payload, facts: Mapping[str, Scalar], metrics: Mapping[str, float] | None = None) -> RecordDict:
+    """A Flower message's content."""
+    array = Array("uint8", (len(payload.data),), "fedpeft.payload", payload.data)
+    records = RecordDict({"payload": ArrayRecord({"data": array}), "facts": ConfigRecord({"header": payload.header, **facts})})
+    if metrics is not None:
+        records["metrics"] = MetricRecord(dict(metrics))
+    return records
+
+
+def from_records(records: RecordDict) -> Payload:
+    """The payload of a message; `ValueError` if it has none."""
+    try:
+        array, text = records.array_records["payload"]["data"], records.config_records["facts"]["header"]
+    except KeyError as missing:
+        raise ValueError(f"the message has no {missing}; it does not come from fedpeft") from None
+    if not isinstance(text, str):
+        raise ValueError("the message's header is not text; it does not come from fedpeft")
+    return Payload(text, array.data)
+
+
+def _flat(broadcast: Broadcast) -> Tensors:
+    extra: Tensors = {}
+    for index, chunk in enumerate(broadcast.base_delta):
+        for target, product in chunk.items():
+            extra |= {f"{BASE}{index:05d}/{target}.B": product.B, f"{BASE}{index:05d}/{target}.A": product.A}
+    return broadcast.tensors | extra
+
+
+def _nested(tensors: Tensors) -> Broadcast:
+    chunks: dict[str, dict[str, LowRank]] = {}
+    for name in sorted(n for n in tensors if n.startswith(BASE) and is_b(n)):
+        index, target = name.removeprefix(BASE)[:-2].split("/", 1)
+        chunks.setdefault(index, {})[target] = LowRank(tensors[name], tensors[name[:-2] + ".A"])
+    return Broadcast({n: t for n, t in tensors.items() if not n.startswith(BASE)}, tuple(chunks.values()))
+
+
+def _moves(name: str, tensor: torch.Tensor, start: Tensors) -> bool:
+    return name in start and start[name].shape == tensor.shape and tensor.is_floating_point()
+
+
+def _digest(*parts: bytes | str) -> str:
+    made = hashlib.blake2b(digest_size=12)
+    for part in parts:
+        made.update(part if isinstance(part, bytes) else part.encode())
+    return made.hexdigest()
+
+
+def _rows(text: str) -> list[tuple[Spec, str, bool]]:
+    rows = _json(text)
+    if not isinstance(rows, list) or any(not isinstance(row, list) or len(row) != 5 for row in rows):
+        raise ValueError("the broadcast's header is not a list of [name, dtype, shape, digest, sent]")
+    return [(spec, str(row[3]), row[4] is True) for spec, row in zip(parse([row[:3] for row in rows]), rows, strict=True)]
+
+
+def _json(text: str) -> object:
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as fault:
+        raise ValueError(f"the header is not JSON: {fault}") from None

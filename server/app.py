@@ -1,0 +1,146 @@
+"""ServerApp: config -> objects -> rounds, with a ledger line, an evaluation and a checkpoint after each."""
+
+import shlex
+import time
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from fedpeft import checkpoint
+from fedpeft.checkpoint import Checkpoint
+from fedpeft.config import Config, ConfigError, build, load
+from fedpeft.lowrank import LowRank
+from fedpeft.messages import Broadcast
+from fedpeft.setting import Setting, open_setting
+from fedpeft.strategy import Strategy
+from server.evaluate import Measured, central, is_personal, personal
+from server.exchange import Exchange, Traffic, connect
+from server.folder import Folder, create
+from server.rounds import Round, run
+from server.sampling import fixed
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run reached. Accuracies lie in [0, 1]; bytes are payloads of training messages, as they were counted."""
+
+    zero_shot: float
+    final: float
+    loss: float
+    measure: str  # of `final`: global or personal
+    bytes_up: int
+    bytes_down: int
+    seconds: float  # of rounds, evaluations and checkpoints; of all sittings of a resumed run
+    parameters: int  # entries of the adapter and the head
+
+
+Entry = dict[str, Any]
+Totals = dict[str, Any]
+
+
+def federate(config: Config, setting: Setting, grid: Grid, folder: Folder) -> Generator[Entry, None, Outcome]:
+    """Runs all rounds that `folder` has not yet, yielding each round's ledger entry, and exports the adapter.
+
+    A run that was killed at any moment ends with the same adapter: it goes on from its last whole checkpoint, and clients answer a
+    broadcast they have seen with the bytes they gave before.
+    """
+    began = time.perf_counter()
+    strategy: Strategy[Any] = build(config.strategy)
+    exchange = connect(grid, build(config.codec), config.clients, deadline=config.deadline)
+    first, state, totals = _start(config, setting, strategy, folder)
+    folder.ledger.rewind(first)
+    draw, mean = fixed(config.clients, config.cohort, config.seed), build(config.mean)
+    for done in run(strategy, state, exchange, draw, mean, first=first, rounds=config.rounds, min_clients=config.min_clients):
+        state = done.state
+        evaluation = Traffic()
+        found = _evaluated(config, setting, strategy, done, exchange, evaluation)
+        totals |= {name: totals[name] + more for name, more in (("up", done.traffic.up), ("down", done.traffic.down))}
+        if found is not None:
+            totals |= {"accuracy": found.accuracy, "loss": found.loss, "measure": found.of}
+        now = time.perf_counter()
+        totals, began = totals | {"seconds": totals["seconds"] + now - began}, now
+        entry = _entry(done, found, evaluation, totals)
+        folder.ledger.append(entry)
+        checkpoint.save(Checkpoint(done.round + 1, state, totals), folder.checkpoints, keep=config.run.keep)
+        yield entry
+    last = strategy.broadcast(state, config.rounds, None)
+    setting.adapted.export(last.tensors, folder.adapter)
+    return Outcome(
+        zero_shot=totals["zero_shot"], final=totals["accuracy"], loss=totals["loss"], measure=totals["measure"], bytes_up=totals["up"],
+        bytes_down=totals["down"], seconds=totals["seconds"], parameters=sum(t.numel() for t in last.tensors.values()),
+    )  # fmt: skip
+
+
+def _start(config: Config, setting: Setting, strategy: Strategy[Any], folder: Folder) -> tuple[int, Any, Totals]:
+    """(first round, state, totals): of the newest checkpoint, or of a run's beginning."""
+    state = strategy.init(setting.adapted.read())
+    if saved := checkpoint.found(folder.checkpoints):
+        known = checkpoint.classes_in(state) | {Broadcast, LowRank}
+        try:
+            back = checkpoint.read(saved[-1], known)
+        except ValueError as fault:
+            raise ConfigError(str(fault)) from fault
+        return back.round, back.state, dict(back.facts)
+    folder.note({"fingerprint": setting.base.fingerprint})
+    before = central(setting, strategy.broadcast(state, 0, None))
+    totals = {"up": 0, "down": 0, "seconds": 0.0, "zero_shot": before.accuracy, "accuracy": before.accuracy, "loss": before.loss}
+    return 0, state, totals | {"measure": before.of}
+
+
+def _evaluated(
+    config: Config, setting: Setting, strategy: Strategy[Any], done: Round[Any], exchange: Exchange, traffic: Traffic
+) -> Measured | None:  # fmt: skip
+    after, last = done.round + 1, done.round + 1 == config.rounds
+    if after % config.evaluate.every and not last:
+        return None
+    if is_personal(strategy, done.state, done.round):
+        return personal(strategy, done.state, after, range(config.clients) if last else done.cohort.clients, exchange, traffic)
+    return central(setting, strategy.broadcast(done.state, after, None))
+
+
+def _entry(done: Round[Any], found: Measured | None, evaluation: Traffic, totals: Mapping[str, Any]) -> Entry:
+    return {
+        "round": done.round,
+        "clients": list(done.cohort.clients),
+        "answers": done.answers,
+        "faults": [{"client": fault.client, "reason": fault.reason} for fault in done.traffic.faults + evaluation.faults],
+        "loss": done.loss,
+        "accuracy": None if found is None else found.accuracy,
+        "test_loss": None if found is None else found.loss,
+        "measure": None if found is None else found.of,
+        "bytes_up": done.traffic.up,
+        "bytes_down": done.traffic.down,
+        "bytes_evaluation": evaluation.up + evaluation.down,
+        "total_up": totals["up"],
+        "total_down": totals["down"],
+        "epsilon": None,
+        "round_seconds": done.seconds,
+        "seconds": totals["seconds"],
+    }
+
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """A run on Flower's own engine: `flwr run . --run-config "overrides='rounds=5'"`."""
+    overrides = shlex.split(str(context.run_config["overrides"]))
+    config = load(overrides)
+    place = Path(config.run.dir or f"runs/flower-{context.run_id}")
+    folder = Folder(place) if (place / "manifest.json").exists() else create(place, config, overrides)
+    steps = federate(config, open_setting(config), grid, folder)
+    while True:
+        try:
+            entry = next(steps)
+        except StopIteration as end:
+            print(
+                f"fedpeft: accuracy {end.value.final:.4f}, {end.value.bytes_up} bytes up, {end.value.bytes_down} down, in {place}",
+                flush=True,
+            )
+            return
+        print(f"fedpeft: round {entry['round'] + 1}/{config.rounds} loss {entry['loss']:.4f} accuracy {entry['accuracy']}", flush=True)

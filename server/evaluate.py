@@ -1,0 +1,47 @@
+"""Central metrics: the global model on the test set, or every client's own model where there is no global one."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from fedpeft.messages import Broadcast
+from fedpeft.models.score import score
+from fedpeft.setting import Setting
+from fedpeft.strategy import Strategy
+from server.exchange import Exchange, Traffic
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A score, and what was measured: the global model, or the mean over clients' own models weighted by their examples."""
+
+    loss: float
+    accuracy: float
+    of: Literal["global", "personal"]
+
+
+def is_personal(strategy: Strategy[Any], state: Any, round: int) -> bool:
+    """True if clients keep tensors of their own that the global model lacks."""
+    keeps = strategy.phase(round).keeps
+    return any(keeps(name) for name in strategy.broadcast(state, round, None).tensors)
+
+
+def central(setting: Setting, broadcast: Broadcast) -> Measured:
+    """The model of `broadcast` on the test set."""
+    setting.adapted.write(broadcast.tensors)
+    with setting.adapted.shifted(broadcast.base_delta):
+        found = score(setting.adapted.logits, setting.base.task, setting.test, batch=setting.config.evaluate.batch)
+    return Measured(found.loss, found.accuracy, "global")
+
+
+def personal(
+    strategy: Strategy[Any], state: Any, round: int, clients: Sequence[int], exchange: Exchange, traffic: Traffic
+) -> Measured | None:  # fmt: skip
+    """The mean over `clients`' own models before `round`; None if no client answers."""
+    out = {client: strategy.broadcast(state, round, client) for client in clients}
+    loss = accuracy = total = 0.0
+    for _, metrics in exchange.evaluate(round, out, traffic):
+        loss += metrics["weight"] * metrics["loss"]
+        accuracy += metrics["weight"] * metrics["accuracy"]
+        total += metrics["weight"]
+    return Measured(loss / total, accuracy / total, "personal") if total else None

@@ -1,0 +1,144 @@
+"""Exchange: one message per client over a `Grid`, and the replies in client order: updates, or faults with their reason."""
+
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+
+from fedpeft.codecs.base import Codec
+from fedpeft.config import ConfigError
+from fedpeft.messages import Broadcast, Update
+from fedpeft.records import Packed, Packer, from_records, to_records, unpack_update
+
+QUERY_SECONDS = 600.0  # a client may load its model and data before it answers the first message
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A client that gave no update this round, and why."""
+
+    client: int
+    reason: str
+
+
+@dataclass(eq=False)
+class Traffic:
+    """Bytes of payloads (header and data) of one round, and what went wrong."""
+
+    up: int = 0
+    down: int = 0
+    faults: list[Fault] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class Exchange:
+    """Knows which node is which client, and what each client holds of what it was sent."""
+
+    grid: Grid
+    codec: Codec
+    nodes: Mapping[int, int]  # client -> node id
+    deadline: float | None = None  # seconds
+    _held: dict[int, frozenset[str]] = field(default_factory=dict)  # client -> digests of the broadcast it answered last
+
+    def train(self, round: int, out: Mapping[int, Broadcast], traffic: Traffic) -> Iterator[Update]:
+        """The updates of the clients in `out`, in client order, decoded one at a time; everything else is a fault in `traffic`."""
+        for client, content in self._replies("train", round, out, traffic):
+            try:
+                payload = from_records(content)
+                traffic.up += len(payload)
+                facts = {name: float(value) for name, value in content.metric_records["metrics"].items() if isinstance(value, int | float)}
+                yield unpack_update(payload, facts, client, out[client], self.codec)
+            except (ValueError, KeyError) as fault:
+                traffic.faults.append(Fault(client, f"its reply cannot be read: {fault}"))
+
+    def evaluate(self, round: int, out: Mapping[int, Broadcast], traffic: Traffic) -> Iterator[tuple[int, dict[str, float]]]:
+        """The local metrics of the clients in `out`, in client order."""
+        for client, content in self._replies("evaluate", round, out, traffic):
+            try:
+                yield (
+                    client,
+                    {name: float(value) for name, value in content.metric_records["metrics"].items() if isinstance(value, int | float)},
+                )
+            except KeyError:
+                traffic.faults.append(Fault(client, "its reply holds no metrics"))
+
+    def _replies(self, kind: str, round: int, out: Mapping[int, Broadcast], traffic: Traffic) -> Iterator[tuple[int, RecordDict]]:
+        packer = Packer()
+        contents: dict[int, RecordDict] = {}
+        asked = sorted(out)
+        for attempt in range(2):  # a client that lost what it held is sent the whole, once
+            packed = {client: packer.pack(out[client], self._held.get(client, frozenset())) for client in asked}
+            traffic.down += sum(len(one.payload) for one in packed.values())
+            again = []
+            for client, content in self._send(kind, round, packed, traffic).items():
+                facts: Mapping[str, object] = content.config_records.get("facts", {})
+                if facts.get("resend") and attempt == 0:
+                    self._held.pop(client, None)
+                    again.append(client)
+                elif facts.get("resend"):
+                    traffic.faults.append(Fault(client, "it asks again for a broadcast that was sent whole"))
+                else:
+                    contents[client] = content
+                    self._held[client] = packed[client].digests if facts.get("holds") else frozenset()
+            asked = again
+            if not asked:
+                break
+        for client in sorted(contents):
+            yield client, contents.pop(client)
+
+    def _send(self, kind: str, round: int, packed: Mapping[int, Packed], traffic: Traffic) -> dict[int, RecordDict]:
+        once: dict[int, RecordDict] = {}
+        messages = []
+        for client, one in packed.items():
+            if id(one) not in once:
+                once[id(one)] = to_records(one.payload, {"round": round, "digest": one.digest})
+            messages.append(Message(once[id(one)], self.nodes[client], kind, group_id=str(round)))
+        return dict(_gathered(self.grid, messages, self.nodes, self.deadline, traffic))
+
+
+def connect(grid: Grid, codec: Codec, clients: int, *, deadline: float | None = None, patience: float = QUERY_SECONDS) -> Exchange:
+    """Waits until nodes for all `clients` are there, asks each which client it is, and gives the exchange.
+
+    Raises `ConfigError` if two nodes are the same client or a client is missing.
+    """
+    until = time.monotonic() + patience
+    while len(ids := sorted(grid.get_node_ids())) < clients:
+        if time.monotonic() > until:
+            raise ConfigError(f"{len(ids)} nodes are connected, clients={clients} are needed; start more nodes or lower clients")
+        time.sleep(0.5)
+    nodes: dict[int, int] = {}
+    traffic = Traffic()
+    messages = [Message(RecordDict(), node, "query", group_id="query") for node in ids]
+    for node, content in _gathered(grid, messages, {node: node for node in ids}, patience, traffic):
+        client = content.config_records["facts"]["client"]
+        if not isinstance(client, int) or client in nodes:
+            raise ConfigError(f"two nodes say they are client {client!r}; give each node its own partition-id")
+        nodes[client] = node
+    if missing := [client for client in range(clients) if client not in nodes]:
+        why = f" (first fault: {traffic.faults[0].reason})" if traffic.faults else ""
+        raise ConfigError(f"client {missing[0]} and {len(missing) - 1} more did not answer the first message{why}")
+    return Exchange(grid, codec, {client: nodes[client] for client in range(clients)}, deadline)
+
+
+def _gathered(
+    grid: Grid, messages: list[Message], nodes: Mapping[int, int], timeout: float | None, traffic: Traffic
+) -> Iterable[tuple[int, RecordDict]]:
+    """(client, content) of every good reply; error replies and silence become faults. `nodes` maps clients to node ids."""
+    clients = {node: client for client, node in nodes.items()}
+    waiting = {message.metadata.dst_node_id for message in messages}
+    sent: dict[str, int] = {}
+    for reply in grid.send_and_receive(messages, timeout=timeout):
+        sent = sent or {message.metadata.message_id: message.metadata.dst_node_id for message in messages}
+        node = sent.get(
+            reply.metadata.reply_to_message_id, reply.metadata.src_node_id
+        )  # a dead node's error comes from the server's own id
+        if node not in waiting:
+            continue
+        waiting.discard(node)
+        if reply.has_error():
+            traffic.faults.append(Fault(clients[node], reply.error.reason or f"error {reply.error.code}"))
+        else:
+            yield clients[node], reply.content
+    traffic.faults += [Fault(clients[node], f"no answer within {timeout:.0f} s" if timeout else "no answer") for node in sorted(waiting)]

@@ -1,0 +1,118 @@
+"""A run's folder: config, manifest, ledger, checkpoints, adapter. What is written once is written whole."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from fedpeft.config import Config, ConfigError, app_folder, load
+from fedpeft.ledger import Ledger, write_text
+
+PACKAGES = ("fedpeft", "torch", "transformers", "peft", "flwr", "numpy", "hydra-core")
+
+
+@dataclass(frozen=True)
+class Folder:
+    """The folder of one run."""
+
+    path: Path
+
+    @property
+    def ledger(self) -> Ledger:
+        """One line per round."""
+        return Ledger(self.path / "ledger.jsonl")
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoints lie."""
+        return self.path / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        """Where the adapter is exported to."""
+        return self.path / "adapter"
+
+    def manifest(self) -> dict[str, Any]:
+        """What was recorded when the run began; `ConfigError` if this is no run's folder."""
+        try:
+            made: dict[str, Any] = json.loads((self.path / "manifest.json").read_text())
+        except (OSError, json.JSONDecodeError) as fault:
+            raise ConfigError(f"{self.path} is not the folder of a run: its manifest.json cannot be read ({fault})") from None
+        return made
+
+    def note(self, facts: Mapping[str, Any]) -> None:
+        """Adds facts to the manifest."""
+        write_text(self.path / "manifest.json", json.dumps(self.manifest() | dict(facts), indent=2) + "\n")
+
+    def write(self, name: str, value: object) -> None:
+        """Writes a JSON file."""
+        write_text(self.path / name, json.dumps(value, indent=2) + "\n")
+
+
+def create(path: Path, config: Config, overrides: Sequence[str]) -> Folder:
+    """A new run's folder; `ConfigError` if there is a run already."""
+    if (path / "manifest.json").exists():
+        raise ConfigError(f"run.dir={path} holds a run already; continue it with `fedpeft run --resume {path}`, or choose another run.dir")
+    path.mkdir(parents=True, exist_ok=True)
+    folder = Folder(path)
+    write_text(path / "config.yaml", shown(config))
+    folder.write(
+        "manifest.json",
+        {
+            "overrides": list(overrides),
+            "seed": config.seed,
+            "choices": dict(config.choices),
+            "versions": {name: _version(name) for name in PACKAGES},
+            "python": platform.python_version(),
+            "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+            "commit": _commit(),
+            "command": " ".join(Path(word).name if i == 0 else word for i, word in enumerate(sys.argv)),
+            "measured": {},
+        },
+    )
+    return folder
+
+
+def reopen(path: Path) -> tuple[Folder, Config]:
+    """The folder and config of an earlier run, to be resumed. `ConfigError` if the presets have changed since."""
+    folder = Folder(path)
+    config = load([str(text) for text in folder.manifest()["overrides"]])
+    if not (path / "config.yaml").exists() or (path / "config.yaml").read_text() != shown(config):
+        raise ConfigError(
+            f"{path / 'config.yaml'} differs from what its overrides mean today; resume with the version of fedpeft that began the run"
+        )
+    return folder, config
+
+
+def shown(config: Config) -> str:
+    """The resolved config as YAML, for people; presets are named, their targets left out."""
+    from omegaconf import OmegaConf
+
+    plain = {name: _plain(value) for name, value in asdict(config).items()}
+    plain["run"] = {name: value for name, value in plain["run"].items() if name != "dir"}
+    return OmegaConf.to_yaml(OmegaConf.create(plain))
+
+
+def _plain(value: Any) -> Any:
+    return {key: _plain(item) for key, item in value.items() if key != "_target_"} if isinstance(value, Mapping) else value
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    root = app_folder()
+    if not (root / ".git").exists():
+        return None
+    found = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return found.stdout.strip() or None

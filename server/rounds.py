@@ -1,0 +1,88 @@
+"""The loop: draw a cohort, broadcast, gather, aggregate."""
+
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from fedpeft.aggregate import Mean
+from fedpeft.messages import Update, checked
+from fedpeft.strategy import Strategy
+from server.exchange import Exchange, Fault, Traffic
+from server.sampling import Cohort
+
+S = TypeVar("S")
+ATTEMPTS = 3  # of a round that too few clients answer
+
+
+class RoundFailed(RuntimeError):
+    """Too few clients answered a round, however often it was drawn; what was reached before it is kept."""
+
+
+@dataclass(frozen=True)
+class Round(Generic[S]):
+    """What one round did."""
+
+    round: int
+    state: S  # after it
+    cohort: Cohort
+    traffic: Traffic
+    loss: float  # mean training loss of the clients, weighted by examples
+    answers: int
+    seconds: float
+
+
+def run(
+    strategy: Strategy[S], state: S, exchange: Exchange, draw: Callable[[int, int], Cohort], mean: Mean, *,
+    first: int, rounds: int, min_clients: int = 1,
+) -> Iterator[Round[S]]:  # fmt: skip
+    """Rounds `first` to `rounds` - 1, one at a time. A round that fewer than `min_clients` answer leaves no trace and is drawn again."""
+    for round in range(first, rounds):
+        began, traffic = time.perf_counter(), Traffic()
+        for attempt in range(ATTEMPTS):
+            cohort = draw(round, attempt)
+            taken = _Taken(strategy, state, round, cohort, exchange, traffic)
+            updates = iter(taken)
+            one = next(updates, None)
+            new = None if one is None else strategy.aggregate(state, round, itertools.chain([one], updates), mean)
+            if new is not None and taken.count >= min_clients:
+                state = new
+                yield Round(round, state, cohort, traffic, taken.loss, taken.count, time.perf_counter() - began)
+                break
+        else:
+            raise RoundFailed(_explained(round, taken.count, min_clients, traffic.faults))
+
+
+class _Taken:
+    """The checked updates of one cohort, counted as they pass."""
+
+    def __init__(self, strategy: Strategy[S], state: S, round: int, cohort: Cohort, exchange: Exchange, traffic: Traffic) -> None:
+        self.count, self._loss, self._weight = 0, 0.0, 0.0
+        self._out = {client: strategy.broadcast(state, round, client) for client in cohort.clients}
+        self._phase, self._equal = strategy.phase(round), strategy.mean_only
+        self._round, self._exchange, self._traffic = round, exchange, traffic
+
+    def __iter__(self) -> Iterator[Update]:
+        for update in self._exchange.train(self._round, self._out, self._traffic):
+            try:
+                good = checked(update, self._out[update.client], self._phase.shares, equal=self._equal)
+            except ValueError as fault:
+                self._traffic.faults.append(Fault(update.client, str(fault)))
+                continue
+            self.count += 1
+            self._loss += update.weight * update.metrics.get("loss", float("nan"))
+            self._weight += update.weight
+            yield good
+
+    @property
+    def loss(self) -> float:
+        return self._loss / self._weight if self._weight else float("nan")
+
+
+def _explained(round: int, got: int, needed: int, faults: list[Fault]) -> str:
+    why = f" First fault: client {faults[0].client}: {faults[0].reason}" if faults else ""
+    return (
+        f"round {round}: {got} clients answered, min_clients={needed} are needed, in each of {ATTEMPTS} draws.{why} "
+        "All rounds before are kept; continue with `fedpeft run --resume`."
+    )
