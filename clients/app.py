@@ -16,7 +16,7 @@ from torch import Tensor
 
 from clients.evaluate import evaluate
 from clients.memory import Memory, Reply
-from clients.train import train
+from clients.train import at_round, train
 from fedpeft import seeds
 from fedpeft.codecs.base import Codec, Payload
 from fedpeft.config import ConfigError, build, load
@@ -88,11 +88,12 @@ class Site:
         return broadcast
 
     def _work(self, client: int, round: int, digest: str, broadcast: Broadcast) -> Reply:
-        setting, phase = self.setting, self.strategy.phase(round)
+        setting, config, phase = self.setting, self.setting.config, self.strategy.phase(round)
         kept = self.memory.recall(client, phase.adapter, round)
         update, keeps = train(
-            setting.adapted, phase, broadcast, kept, setting.train, setting.split.clients[client], setting.config.train,
-            client=client, round=round, rng=seeds.generator(setting.config.seed, round=round, client=client, purpose="batches"),
+            setting.adapted, phase, broadcast, kept, setting.train, setting.split.clients[client],
+            at_round(config.train, round, config.rounds),
+            client=client, round=round, rng=seeds.generator(config.seed, round=round, client=client, purpose="batches"),
         )  # fmt: skip
         reply = Reply(pack_update(update, broadcast, self.codec), {"weight": update.weight, **update.metrics})
         self.memory.store(client, phase.adapter, round, digest, keeps, reply)

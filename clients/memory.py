@@ -1,21 +1,19 @@
 """Memory: what stays at a client between rounds, and its last reply.
 
-New state and the reply to a broadcast are stored in one atomic step under (client, round, digest of the broadcast), and the version before is
-kept until the next round. So the same broadcast again gives the same bytes, with nothing retrained and nothing spent twice; and a server that
-resumes from its last checkpoint finds every client where it was.
+New state and the reply to a broadcast are stored in one atomic step under (client, round, digest of the broadcast), and the version
+before is kept until the next round. So the same broadcast again gives the same bytes, with nothing retrained and nothing spent twice; and a
+server that resumes from its last checkpoint finds every client where it was.
 """
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from fedpeft.checkpoint import seal, unseal
 from fedpeft.codecs.base import Payload
 from fedpeft.tensors import Tensors
 
@@ -32,8 +30,8 @@ class Reply:
 class Memory:
     """The memory of the clients of one run, in `folder`/<client>.
 
-    `replies`: also keep replies of rounds after which nothing stays at the client. Without it such a round is trained again when asked again,
-    which gives the same bytes as long as its randomness comes from the run's seed.
+    `replies`: also keep replies of rounds after which nothing stays at the client, and wait until the disk has each. Without it such a
+    round is trained again when asked again, which gives the same bytes as long as its randomness comes from the run's seed.
     """
 
     folder: Path
@@ -59,18 +57,16 @@ class Memory:
             return
         carried = before[-1].all_kept() if before else {}
         carried = {name: tensor for name, tensor in carried.items() if not name.startswith(f"{adapter}/")}
-        tensors = carried | {f"{adapter}/{name}": tensor.contiguous() for name, tensor in kept.items()}
+        tensors = carried | {f"{adapter}/{name}": tensor for name, tensor in kept.items()}
         tensors["reply"] = torch.frombuffer(bytearray(reply.payload.data or b"\0"), dtype=torch.uint8)
         facts = {"header": reply.payload.header, "size": len(reply.payload.data), "facts": dict(reply.facts)}
         place = self.folder / f"{client:06d}"
         place.mkdir(parents=True, exist_ok=True)
         made = place / f"{round:06d}-{digest}.safetensors"
-        partial = made.with_suffix(f".{os.getpid()}.partial")
-        save_file(tensors, partial, metadata={"reply": json.dumps(facts)})
-        partial.replace(made)
-        for version in versions:
-            if version.path != made and version not in before[-1:]:
-                version.path.unlink(missing_ok=True)
+        seal(made, tensors, json.dumps(facts), synced=self.replies)
+        stale = [version.path for version in versions if version.path != made and version not in before[-1:]]
+        for path in [*stale, *place.glob("*.partial")]:
+            path.unlink(missing_ok=True)
 
     def _versions(self, client: int) -> list["_Version"]:
         return [_Version(path) for path in sorted((self.folder / f"{client:06d}").glob("*.safetensors"))]
@@ -101,9 +97,7 @@ class _Version:
 
     def _read(self) -> tuple[Tensors, dict[str, Any]]:
         try:
-            with safe_open(self.path, "pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["reply"])
-        except (SafetensorError, KeyError, json.JSONDecodeError) as fault:
-            raise OSError(
-                f"{self.path.name}: this client's memory cannot be read ({fault}); delete the file to go on from the version before"
-            ) from fault
+            tensors, text = unseal(self.path)
+            return tensors, json.loads(text)
+        except ValueError as fault:
+            raise OSError(f"this client's memory cannot be read: {fault}; delete the file to go on from the version before") from fault

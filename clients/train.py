@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,14 @@ def train(
         end = phase.finish(end, start, steps)
     metrics = {"loss": sum(seen) / len(seen), "steps": float(steps), "seconds": time.perf_counter() - began}
     return Update(client, only(end, phase.shares), float(len(rows)), metrics), only(end, phase.keeps)
+
+
+def at_round(work: Training, round: int, rounds: int) -> Training:
+    """The work of one round: a cosine schedule takes both learning rates from their peak in round 0 towards zero after the last."""
+    if work.schedule == "constant":
+        return work
+    share = (1 + math.cos(math.pi * round / rounds)) / 2
+    return replace(work, lr=work.lr * share, head_lr=None if work.head_lr is None else work.head_lr * share)
 
 
 def batches(rows: Tensor, work: Training, rng: torch.Generator) -> Iterator[Tensor]:
@@ -109,5 +118,6 @@ def _check_finite(seen: list[float], client: int, round: int) -> None:
     for step, loss in enumerate(seen):
         if not math.isfinite(loss):
             raise ValueError(
-                f"client {client}, round {round}: the loss became {loss} at local step {step}; lower train.lr, set train.clip=1, or look at its data"
+                f"client {client}, round {round}: the loss became {loss} at local step {step}; "
+                "lower train.lr, set train.clip=1, or look at its data"
             )

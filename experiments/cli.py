@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
+import click
 import typer
 from rich.console import Console
 
@@ -54,6 +55,7 @@ def run(
     quiet: Annotated[bool, typer.Option("--quiet", help="Only the result.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Only the result, as one JSON object.")] = False,
 ) -> None:
+    """`RUN_HELP` is what the user sees."""
     from experiments.progress import Progress
     from experiments.report import write_report
     from experiments.simulate import simulate
@@ -78,11 +80,16 @@ def doctor() -> None:
 
 
 @app.command()
-def report(run_dir: Annotated[Path, typer.Argument(help="The folder of a run.")]) -> None:
-    """Write report.html of a run again."""
-    from experiments.report import read_result, write_report
+def report(
+    run_dir: Annotated[Path, typer.Argument(help="The folder of a run.")],
+    picture: Annotated[Path | None, typer.Option(help="Draw only the curves, into this .svg, .png or .pdf.", show_default=False)] = None,
+) -> None:
+    """Write report.html of a finished run again, or draw its curves."""
+    from experiments.report import draw, read_result, write_report
 
-    print(write_report(run_dir, read_result(run_dir)))
+    if picture:
+        draw(run_dir, picture)
+    print(picture or write_report(run_dir, read_result(run_dir)))
 
 
 def _result(summary: Any, seconds: float) -> dict[str, Any]:
@@ -118,10 +125,8 @@ def main() -> None:
         sys.exit(stop.exit_code)
     except KeyboardInterrupt:
         _say("stopped; continue with `fedpeft run --resume` and the run's folder", 130)
-    except Exception as fault:
-        if type(fault).__module__.startswith("click") or hasattr(fault, "format_message"):
-            _say(getattr(fault, "format_message", lambda: str(fault))(), 2)
-        raise
+    except click.ClickException as fault:
+        _say(f"{fault.format_message()} `fedpeft --help` lists commands and options.", 2)
 
 
 def _taught(fault: Exception) -> str:

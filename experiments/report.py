@@ -18,8 +18,7 @@ td.n{text-align:right;font-variant-numeric:tabular-nums}svg{max-width:100%;heigh
 def write_report(folder: Path, result: dict[str, Any]) -> Path:
     """Writes result.json and report.html into the run's folder."""
     write_text(folder / "result.json", json.dumps(result, indent=2) + "\n")
-    entries = Ledger(folder / "ledger.jsonl").entries()
-    baseline = Ledger(folder / "head_only" / "ledger.jsonl").entries()
+    entries, baseline = _ledgers(folder)
     split = json.loads((folder / "split.json").read_text()) if (folder / "split.json").exists() else None
     page = _page(folder, result, entries, baseline, split)
     write_text(folder / "report.html", page)
@@ -33,6 +32,17 @@ def read_result(folder: Path) -> dict[str, Any]:
     except (OSError, json.JSONDecodeError):
         raise ConfigError(f"{folder} holds no finished run (no result.json); finish it with `fedpeft run --resume {folder}`") from None
     return found
+
+
+def draw(folder: Path, to: Path) -> None:
+    """Draws the run's curves into the picture `to`; its ending (.svg, .png, .pdf) names the format."""
+    entries, baseline = _ledgers(folder)
+    figure = _curves(entries, baseline, read_result(folder)["accuracy"])
+    figure.savefig(to, dpi=150, metadata={"Date": None} if to.suffix == ".svg" else None)
+
+
+def _ledgers(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    return Ledger(folder / "ledger.jsonl").entries(), Ledger(folder / "head_only" / "ledger.jsonl").entries()
 
 
 def _page(folder: Path, result: dict[str, Any], entries: list[dict[str, Any]], baseline: list[dict[str, Any]], split: Any) -> str:
@@ -52,14 +62,14 @@ def _page(folder: Path, result: dict[str, Any], entries: list[dict[str, Any]], b
     config = html.escape((folder / "config.yaml").read_text()) if (folder / "config.yaml").exists() else ""
     parts = [
         f"<!doctype html><html lang=en><meta charset=utf-8><title>fedpeft {html.escape(folder.name)}</title><style>{STYLE}</style>",
-        f"<h1>{html.escape(folder.name)}</h1><table>{table}</table><h2>Rounds</h2>{_curves(entries, baseline, accuracy)}",
+        f"<h1>{html.escape(folder.name)}</h1><table>{table}</table><h2>Rounds</h2>{_svg(_curves(entries, baseline, accuracy))}",
         f"<h2>Who owned what</h2><p>{html.escape(_described(split))}</p>{_histogram(split)}" if split else "",
         f"<h2>Faults</h2><ul>{listed}</ul><h2>Config</h2><pre>{config}</pre></html>",
     ]
     return "\n".join(parts) + "\n"
 
 
-def _curves(entries: list[dict[str, Any]], baseline: list[dict[str, Any]], accuracy: dict[str, Any]) -> str:
+def _curves(entries: list[dict[str, Any]], baseline: list[dict[str, Any]], accuracy: dict[str, Any]) -> Any:
     figure, (left, middle, right) = _figure(3, (12, 3.4))
     for name, some, color in (("adapter and head", entries, "C0"), ("head only", baseline, "C1")):
         seen = [(entry["round"] + 1, entry["accuracy"]) for entry in some if entry["accuracy"] is not None]
@@ -68,13 +78,13 @@ def _curves(entries: list[dict[str, Any]], baseline: list[dict[str, Any]], accur
         losses = [(entry["round"] + 1, entry["loss"]) for entry in some if entry["loss"] is not None]
         if losses:
             middle.plot(*zip(*losses, strict=True), color=color, label=name)
-    for name, key in (("up", "total_up"), ("down", "total_down")):
-        right.plot([e["round"] + 1 for e in entries], [e[key] / 1e6 for e in entries], label=name)
+    for name, key, color in (("up", "total_up", "C2"), ("down", "total_down", "C3")):
+        right.plot([e["round"] + 1 for e in entries], [e[key] / 1e6 for e in entries], color=color, label=name)
     for axis, title in ((left, "test accuracy"), (middle, "training loss"), (right, "payload megabytes, total")):
         axis.set(title=title, xlabel="round")
         axis.legend(frameon=False)
     left.set_ylim(0, 1)
-    return _svg(figure)
+    return figure
 
 
 def _histogram(split: dict[str, Any]) -> str:

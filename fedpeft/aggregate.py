@@ -1,5 +1,6 @@
 """Folds over a stream of updates: each makes one `Tensors` of many."""
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 
@@ -72,6 +73,8 @@ def _mean(updates: Iterable[Update], weight: Callable[[Update], float]) -> Tenso
             kinds[name] = tensor.dtype
     if not any(totals.values()):
         raise ValueError("the mean has no update that carries weight; did every client fail this round?")
+    if not math.isfinite(sum(totals.values())):
+        raise ValueError("the mean has no weights of finite sum; each is a client's number of examples")
     return {name: (tensor / totals[name]).to(kinds[name]) for name, tensor in sums.items() if totals[name]}
 
 

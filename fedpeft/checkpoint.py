@@ -1,7 +1,7 @@
 """Checkpoint: everything the next round needs, in one file that appears whole or not at all.
 
-Any strategy's state becomes tensors and a JSON skeleton without the strategy's help: a state is built of tensors, numbers, strings, mappings,
-tuples and frozen dataclasses. Only dataclasses that the reader names are ever built.
+Any strategy's state becomes tensors and a JSON skeleton without the strategy's help: a state is built of tensors, numbers, strings,
+mappings, tuples and frozen dataclasses. Only dataclasses that the reader names are ever built.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from torch import Tensor
 from fedpeft.codecs.raw import raw_bytes
 from fedpeft.tensors import Tensors
 
-FORMAT = "fedpeft checkpoint 1"
+FORMAT = "fedpeft 1"
 
 
 @dataclass(frozen=True)
@@ -34,15 +34,10 @@ class Checkpoint:
 def save(checkpoint: Checkpoint, folder: Path, *, keep: int) -> Path:
     """Writes `folder`/round-<round>.safetensors and removes all but the newest `keep`."""
     tensors, skeleton = freeze(checkpoint.state)
-    named = {f"t{index}": tensor.detach().cpu().contiguous() for index, tensor in enumerate(tensors.values())}
     text = json.dumps({"round": checkpoint.round, "skeleton": skeleton, "names": list(tensors), "facts": dict(checkpoint.facts)})
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"round-{checkpoint.round:06d}.safetensors"
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    save_file(_unshared(named), partial, metadata={"format": FORMAT, "checkpoint": text, "digest": _digest(named, text)})
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.replace(path)
+    seal(path, {f"t{index}": tensor for index, tensor in enumerate(tensors.values())}, text, synced=True)
     for old in [*found(folder)[:-keep], *folder.glob("*.partial")]:
         old.unlink(missing_ok=True)
     return path
@@ -54,17 +49,15 @@ def found(folder: Path) -> list[Path]:
 
 
 def read(path: Path, known: Iterable[type]) -> Checkpoint:
-    """The checkpoint at `path`; state dataclasses are built only of the classes in `known`. `ValueError` if a single bit is not as written."""
+    """The checkpoint at `path`; dataclasses of the state are built only if they are in `known`.
+
+    `ValueError` if a single bit is not as written.
+    """
     try:
-        with safe_open(path, "pt") as file:
-            facts = file.metadata() or {}
-            named = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  a safetensors file is not a dict
-        ok = facts["format"] == FORMAT and facts["digest"] == _digest(named, facts["checkpoint"])
-        made = json.loads(facts["checkpoint"])
-    except (SafetensorError, KeyError, ValueError, OSError) as fault:
-        raise ValueError(_corrupt(path, str(fault))) from fault
-    if not ok:
-        raise ValueError(_corrupt(path, "its checksum does not match"))
+        named, text = unseal(path)
+        made = json.loads(text)
+    except ValueError as fault:
+        raise ValueError(f"{fault}; delete it to resume from the one before, which ends in the same adapter") from fault
     tensors = {name: named[f"t{index}"] for index, name in enumerate(made["names"])}
     return Checkpoint(made["round"], thaw(tensors, made["skeleton"], {_kind(cls): cls for cls in known}), made["facts"])
 
@@ -84,12 +77,13 @@ def freeze(value: Any, at: str = "") -> tuple[Tensors, Any]:
         kind, items = "dict", list(value.items())
     else:
         raise TypeError(
-            f"state holds a {type(value).__name__} at {at or 'its root'}; a state is made of tensors, numbers, dicts, tuples and dataclasses"
+            f"state holds a {type(value).__name__} at {at or 'its root'}; "
+            "a state is made of tensors, numbers, dicts, tuples and dataclasses"
         )
     tensors: Tensors = {}
     rows = []
     for key, item in items:
-        inside, skeleton = freeze(item, f"{at}|{key}")
+        inside, skeleton = freeze(item, f"{at}|{key!r}")  # quoted: 1 is not "1", and "a|b" is not b inside a
         tensors |= inside
         rows.append([key, skeleton])
     return tensors, {"kind": kind, "items": rows}
@@ -122,6 +116,34 @@ def classes_in(value: Any) -> set[type]:
     return set().union(*map(classes_in, value)) if isinstance(value, tuple) else set()
 
 
+def seal(path: Path, tensors: Tensors, text: str, *, synced: bool) -> None:
+    """Writes tensors and a text to one file that appears whole or not at all, with a checksum over everything.
+
+    `synced` waits until the disk has it, so that it also survives a loss of power.
+    """
+    named = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    save_file(_unshared(named), partial, metadata={"format": FORMAT, "text": text, "digest": _digest(named, text)})
+    if synced:
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def unseal(path: Path) -> tuple[Tensors, str]:
+    """What `seal` wrote; `ValueError` naming the file if a single bit is not as written."""
+    try:
+        with safe_open(path, "pt") as file:
+            facts = file.metadata() or {}
+            named = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  a safetensors file is not a dict
+        ok = facts["format"] == FORMAT and facts["digest"] == _digest(named, facts["text"])
+    except (SafetensorError, KeyError, OSError) as fault:
+        raise ValueError(f"{path} is corrupt ({fault})") from fault
+    if not ok:
+        raise ValueError(f"{path} is corrupt (its checksum does not match)")
+    return named, facts["text"]
+
+
 def _unshared(named: Tensors) -> Tensors:
     """safetensors refuses tensors that share memory."""
     seen: set[int] = set()
@@ -142,7 +164,3 @@ def _digest(named: Tensors, text: str) -> str:
 
 def _kind(cls: type) -> str:
     return f"{cls.__module__}.{cls.__name__}"
-
-
-def _corrupt(path: Path, why: str) -> str:
-    return f"the checkpoint {path} is corrupt ({why}); delete it to resume from the one before, which ends in the same adapter"

@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 FAMILIES = ("strategy", "adapter", "model", "data", "codec", "privacy", "mean")
 PACKAGES = ("fedpeft", "strategies")  # what a preset's _target_ may name
 Spec = Mapping[str, Any]
+WORDS: Mapping[type, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
 
 
 class ConfigError(ValueError):
@@ -31,6 +32,7 @@ class Training:
     optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: float = 5e-3  # of the adapter
     head_lr: float | None = None  # of the task head; None: three times lr
+    schedule: Literal["constant", "cosine"] = "constant"  # of both rates over the rounds; cosine ends near zero
     momentum: float = 0.0  # of sgd
     weight_decay: float = 0.0
     clip: float | None = None  # largest gradient norm of a step
@@ -94,19 +96,17 @@ def load(overrides: Sequence[str], presets: Path | None = None) -> Config:
     kept = [text for text in overrides if not _refused(text, presets, faults)]
     with initialize_config_dir(str(presets.resolve()), version_base="1.3"):
         groups = [text for text in kept if _key(text) in FAMILIES]
-        tree = compose("config", groups, return_hydra_config=False)
-        known = [text for text in kept if text in groups or _known(tree, _key(text), faults)]
+        tree = compose("config", groups)
+        known = [placed for text in kept if (placed := text if text in groups else _placed(tree, text, faults))]
         try:
-            tree = compose("config", known)
+            plain: Any = OmegaConf.to_container(compose("config", known), resolve=True)
         except Exception as fault:  # Hydra raises a dozen kinds; each says in words what it could not read
             raise ConfigError("\n".join([*faults, f"{' '.join(known)}: {_first_line(fault)}"])) from None
-    plain = OmegaConf.to_container(tree, resolve=True)
-    assert isinstance(plain, dict)
+    usual: Any = OmegaConf.to_container(tree)
     chosen = {_key(text): text.partition("=")[2] for text in groups}
-    config = _typed({str(k): v for k, v in plain.items()}, {**_defaults(presets), **chosen}, faults)
-    if config is not None:
-        faults += check(config)
-    if faults or config is None:
+    config = _typed(plain, usual, {**_defaults(presets), **chosen}, faults)
+    faults += check(config)
+    if faults:
         raise ConfigError("\n".join(dict.fromkeys(faults)))
     return config
 
@@ -126,7 +126,8 @@ def check(config: Config) -> list[str]:
     train = config.train
     if (train.steps is None) == (train.epochs is None):
         faults.append(
-            f"train.steps={train.steps} and train.epochs={train.epochs}: set one and make the other null, for instance train.steps=null train.epochs=1"
+            f"train.steps={train.steps} and train.epochs={train.epochs}: set one and make the other null, "
+            "for instance train.steps=null train.epochs=1"
         )
     if train.steps is not None and train.steps < 1:
         faults.append(f"train.steps={train.steps}: needed is at least 1")
@@ -136,20 +137,31 @@ def check(config: Config) -> list[str]:
         faults.append(f"train.batch={train.batch}: needed is at least 1")
     if train.optimizer not in get_args(Training.__annotations__["optimizer"]):
         faults.append(f"train.optimizer={train.optimizer}: needed is adamw or sgd")
+    if train.schedule not in get_args(Training.__annotations__["schedule"]):
+        faults.append(f"train.schedule={train.schedule}: needed is constant or cosine")
     for name in ("lr", "head_lr", "clip"):
         value = getattr(train, name)
         if value is not None and not (value > 0 and math.isfinite(value)):
             faults.append(f"train.{name}={value}: needed is a positive number")
     if not 0 <= train.momentum < 1:
         faults.append(f"train.momentum={train.momentum}: needed is a number in [0, 1)")
+    elif train.momentum and train.optimizer == "adamw":
+        faults.append(f"train.momentum={train.momentum}: adamw has none; set train.optimizer=sgd")
+    if not (train.weight_decay >= 0 and math.isfinite(train.weight_decay)):
+        faults.append(f"train.weight_decay={train.weight_decay}: needed is a number of at least 0")
     if config.evaluate.every < 1 or config.evaluate.batch < 1:
         faults.append(f"evaluate.every={config.evaluate.every}, evaluate.batch={config.evaluate.batch}: needed is at least 1")
     if config.run.threads < 1 or config.run.keep < 1:
         faults.append(f"run.threads={config.run.threads}, run.keep={config.run.keep}: needed is at least 1")
-    if config.deadline is not None and config.deadline <= 0:
+    if config.deadline is not None and not config.deadline > 0:
         faults.append(f"deadline={config.deadline}: needed is a positive number of seconds, or null")
-    if int(config.data.get("min_examples", 1)) < 1:
-        faults.append(f"data.min_examples={config.data['min_examples']}: needed is at least 1")
+    least = config.data.get("min_examples", 1)
+    if not isinstance(least, int):
+        faults.append(f"data.min_examples={least}: needed is a whole number")
+    elif least < 1:
+        faults.append(f"data.min_examples={least}: needed is at least 1")
+    if config.privacy.get("unit") is not None:
+        faults.append(f"privacy.unit={config.privacy['unit']}: privacy=none adds no noise, so nobody would be hidden; leave it null")
     return faults
 
 
@@ -157,13 +169,18 @@ def build(spec: Spec, *, leaves_out: Iterable[str] = ()) -> Any:
     """The object a preset describes: its `_target_` called with its other fields.
 
     `_target_` comes only from installed presets (an override that names it is refused) and only from fedpeft's own packages.
+    Raises `ConfigError` for what the object refuses.
     """
     target = str(spec["_target_"])
     if target.split(".")[0] not in PACKAGES:
         raise ConfigError(f"_target_ {target} is not one of fedpeft's own; presets may name only {' and '.join(PACKAGES)}")
     module, _, name = target.rpartition(".")
     arguments = {key: _frozen(value) for key, value in spec.items() if key != "_target_" and key not in set(leaves_out)}
-    return getattr(importlib.import_module(module), name)(**arguments)
+    make = getattr(importlib.import_module(module), name)
+    try:
+        return make(**arguments)
+    except (TypeError, ValueError) as fault:
+        raise ConfigError(f"{name}: {fault}") from fault
 
 
 def presets_of(family: str, presets: Path) -> list[str]:
@@ -185,53 +202,88 @@ def _refused(text: str, presets: Path, faults: list[str]) -> bool:
         hint = f"did you mean {key}={close[0]}? " if close else ""
         inside = f" An id or a path goes inside: {key}.id=... or {key}.path=..." if key in ("model", "data") else ""
         faults.append(f"{text}: there is no such {key}; {hint}There are {', '.join(presets_of(key, presets))}.{inside}")
+    elif why := _unreadable(text):
+        faults.append(f"{text}: {why}; quote a value that holds one of , = [ ] {{ }}, as in {key}=\"...\" inside '...'")
     return len(faults) > before
 
 
-def _known(tree: Any, key: str, faults: list[str]) -> bool:
+def _unreadable(text: str) -> str | None:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        return "one value is needed, not several" if OverridesParser.create().parse_override(text).is_sweep_override() else None
+    except HydraException as fault:
+        return _first_line(fault)
+
+
+def _placed(tree: Any, text: str, faults: list[str]) -> str | None:
+    """The override as Hydra takes it; None, and a fault, if there is no such key. A free mapping (an empty one in a preset) takes any."""
     from omegaconf import OmegaConf
 
     at = tree
-    path = key.split(".")
+    path = _key(text).split(".")
     for depth, part in enumerate(path):
         names = [str(name) for name in at] if OmegaConf.is_dict(at) else []
-        if OmegaConf.is_dict(at) and (part in names or (depth > 1 and path[0] in FAMILIES)):  # free mappings lie inside presets
-            at = at[part] if part in names else None
+        if part in names:
+            at = at[part]
             continue
-        if at is None or (OmegaConf.is_dict(at) and not names and path[0] in FAMILIES):
-            return True
+        if OmegaConf.is_dict(at) and not names:
+            return f"++{text}"
         close = difflib.get_close_matches(part, names, 1)
         where = ".".join(path[:depth])
         hint = f"did you mean {'.'.join([*path[:depth], close[0]])}? " if close else ""
         there = ", ".join(n for n in names if n != "_target_") or "no fields"
-        faults.append(f"{key}: there is no such key; {hint}{where or 'The config'} has {there}")
-        return False
-    return True
+        faults.append(f"{_key(text)}: there is no such key; {hint}{where or 'The config'} has {there}")
+        return None
+    return f"++{text}" if OmegaConf.is_dict(at) and not at else text
 
 
-def _typed(plain: dict[str, Any], choices: Mapping[str, str], faults: list[str]) -> Config | None:
+def _typed(plain: Spec, usual: Spec, choices: Mapping[str, str], faults: list[str]) -> Config:
+    """The config. A value of a wrong type is a fault, and the usual one takes its place so that all others can be checked too."""
     parts = {"run": Run, "train": Training, "evaluate": Evaluation}
     made: dict[str, Any] = {}
-    for name, value in plain.items():
+    for name, value in _alike(plain, usual, "", faults).items():
         if name in parts:
-            made[name] = parts[name](**{k: _cast(parts[name], k, v, f"{name}.{k}", faults) for k, v in value.items()})
+            made[name] = parts[name](**{k: _cast(parts[name], k, v, usual[name][k], f"{name}.{k}", faults) for k, v in value.items()})
         elif name in FAMILIES:
-            made[name] = value
+            made[name] = _alike(value, usual[name], f"{name}.", faults)
         else:
-            made[name] = _cast(Config, name, value, name, faults)
-    return None if faults else Config(**made, choices={family: choices[family] for family in FAMILIES})
+            made[name] = _cast(Config, name, value, usual[name], name, faults)
+    return Config(**made, choices={family: choices[family] for family in FAMILIES})
 
 
-def _cast(cls: type, name: str, value: Any, shown: str, faults: list[str]) -> Any:
+def _alike(plain: Spec, usual: Spec, at: str, faults: list[str]) -> dict[str, Any]:
+    """`plain`, in which fields stay fields, and inside a preset (where no dataclass knows the types) numbers and flags stay such."""
+    made = dict(plain)
+    for name, before in usual.items():
+        value, needed = plain[name], None
+        if isinstance(before, dict) and isinstance(value, dict):
+            made[name] = _alike(value, before, f"{at}{name}.", faults) if at else value
+        elif isinstance(before, dict):
+            needed = f"fields, such as {at}{name}.{next(iter(before), 'name')}=..."
+        elif at and isinstance(before, bool) and not isinstance(value, bool):
+            needed = WORDS[bool]
+        elif at and _is_number(before) and not _is_number(value):
+            needed = WORDS[float]
+        if needed:
+            faults.append(f"{at}{name}={value}: needed {'are' if isinstance(before, dict) else 'is'} {needed}")
+            made[name] = before
+    return made
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _cast(cls: type, name: str, value: Any, usual: Any, shown: str, faults: list[str]) -> Any:
     kind = next(f.type for f in fields(cls) if f.name == name)
     kinds: tuple[type, ...] = tuple(a for a in get_args(kind) if isinstance(a, type)) or ((kind,) if isinstance(kind, type) else (str,))
     if float in kinds and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-        wanted = " or ".join(
-            "null" if k is type(None) else {"int": "a whole number", "float": "a number"}.get(k.__name__, k.__name__) for k in kinds
-        )
-        faults.append(f"{shown}={value}: needed is {wanted}")
+        faults.append(f"{shown}={value}: needed is {' or '.join(WORDS[k] for k in kinds)}")
+        return usual
     return value
 
 

@@ -8,6 +8,8 @@ import torch
 from fedpeft.lowrank import LowRank
 from fedpeft.tensors import Names, Tensors, is_own
 
+MOST_EXAMPLES = 2.0**53  # beyond it floats no longer count, and a few such weights have no finite sum
+
 
 @dataclass(frozen=True, eq=False)
 class Broadcast:
@@ -44,8 +46,8 @@ def checked(update: Update, sent: Broadcast, shares: Names, *, equal: bool) -> U
             f"client {update.client} sent other tensors than this round shares: missing {_few(want - got)}, unasked {_few(got - want)}; "
             "do server and client run the same strategy, adapter and model?"
         )
-    if not update.weight >= 0 or update.weight == float("inf"):
-        raise ValueError(f"client {update.client} sent weight {update.weight}; needed is a finite number of examples")
+    if not 0 < update.weight <= MOST_EXAMPLES:
+        raise ValueError(f"client {update.client} sent weight {update.weight}; needed is a number of examples, more than 0")
     for name, tensor in update.tensors.items():
         like = sent.tensors.get(name, tensor)
         smaller = tensor.dim() == like.dim() and all(a <= b for a, b in zip(tensor.shape, like.shape, strict=True))

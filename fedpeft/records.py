@@ -15,7 +15,7 @@ from fedpeft.codecs.base import Codec, Layout, Payload, Spec, header, layout, pa
 from fedpeft.codecs.raw import Raw, raw_bytes
 from fedpeft.lowrank import LowRank
 from fedpeft.messages import Broadcast, Update
-from fedpeft.tensors import Tensors, is_b
+from fedpeft.tensors import Tensors
 
 BASE = "base_delta/"
 Scalar = int | float | str | bool
@@ -55,7 +55,7 @@ class Packer:
             rows = {}
             for spec in layout(tensors):
                 raw = raw_bytes(tensors[spec.name])
-                rows[spec.name] = (spec, _digest(raw, str(spec.shape)), raw)
+                rows[spec.name] = (spec, _digest(raw, str((spec.dtype, spec.shape))), raw)
             whole = _digest("".join(name + digest for name, (_, digest, _) in rows.items()).encode())
             self._tensors[id(broadcast)] = (broadcast, rows, whole)
         return self._tensors[id(broadcast)]
@@ -132,9 +132,13 @@ def _flat(broadcast: Broadcast) -> Tensors:
 
 def _nested(tensors: Tensors) -> Broadcast:
     chunks: dict[str, dict[str, LowRank]] = {}
-    for name in sorted(n for n in tensors if n.startswith(BASE) and is_b(n)):
-        index, target = name.removeprefix(BASE)[:-2].split("/", 1)
-        chunks.setdefault(index, {})[target] = LowRank(tensors[name], tensors[name[:-2] + ".A"])
+    names = {name for name in tensors if name.startswith(BASE)}
+    pairs = sorted({name[:-2] for name in names})
+    if names != {pair + part for pair in pairs for part in (".A", ".B")} or any("/" not in pair.removeprefix(BASE) for pair in pairs):
+        raise ValueError(f"the broadcast holds {', '.join(sorted(names))[:200]}; needed are pairs {BASE}<chunk>/<layer>.A and .B")
+    for pair in pairs:
+        index, target = pair.removeprefix(BASE).split("/", 1)
+        chunks.setdefault(index, {})[target] = LowRank(tensors[pair + ".B"], tensors[pair + ".A"])
     return Broadcast({n: t for n, t in tensors.items() if not n.startswith(BASE)}, tuple(chunks.values()))
 
 

@@ -64,8 +64,10 @@ def open_setting(config: Config, *, base: Base | None = None) -> Setting:
         assert base is not None
         made = Setting(config, dataset, base, attach(config, base))
         _ = made.split
+        build(config.codec), build(config.mean)
+        build(config.strategy).init(made.adapted.read())  # a strategy that cannot use this adapter says so before anything is written
         return made
-    except (ValueError, TypeError) as fault:
+    except (ValueError, FileNotFoundError) as fault:
         raise ConfigError(str(fault)) from fault
 
 

@@ -6,6 +6,7 @@ Server code cannot tell this grid from Flower's own.
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import deepcopy
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID
@@ -72,7 +73,7 @@ def _copied(records: RecordDict) -> RecordDict:
             case ArrayRecord():
                 made[name] = ArrayRecord(dict(record.items()))
             case MetricRecord():
-                made[name] = MetricRecord(dict(record.items()))
+                made[name] = MetricRecord(deepcopy(dict(record.items())))  # values may be lists
             case ConfigRecord():
-                made[name] = ConfigRecord(dict(record.items()))
+                made[name] = ConfigRecord(deepcopy(dict(record.items())))
     return RecordDict(made)

@@ -12,11 +12,13 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedpeft import checkpoint
 from fedpeft.checkpoint import Checkpoint
-from fedpeft.config import Config, ConfigError, build, load
+from fedpeft.config import Config, build, load
+from fedpeft.ledger import write_text
 from fedpeft.lowrank import LowRank
 from fedpeft.messages import Broadcast
 from fedpeft.setting import Setting, open_setting
 from fedpeft.strategy import Strategy
+from server.card import card
 from server.evaluate import Measured, central, is_personal, personal
 from server.exchange import Exchange, Traffic, connect
 from server.folder import Folder, create
@@ -69,6 +71,8 @@ def federate(config: Config, setting: Setting, grid: Grid, folder: Folder) -> Ge
         yield entry
     last = strategy.broadcast(state, config.rounds, None)
     setting.adapted.export(last.tensors, folder.adapter)
+    text = card(config, setting, folder.adapter, zero_shot=totals["zero_shot"], final=totals["accuracy"], measure=totals["measure"])
+    write_text(folder.adapter / "README.md", text)
     return Outcome(
         zero_shot=totals["zero_shot"], final=totals["accuracy"], loss=totals["loss"], measure=totals["measure"], bytes_up=totals["up"],
         bytes_down=totals["down"], seconds=totals["seconds"], parameters=sum(t.numel() for t in last.tensors.values()),
@@ -83,7 +87,7 @@ def _start(config: Config, setting: Setting, strategy: Strategy[Any], folder: Fo
         try:
             back = checkpoint.read(saved[-1], known)
         except ValueError as fault:
-            raise ConfigError(str(fault)) from fault
+            raise OSError(str(fault)) from fault
         return back.round, back.state, dict(back.facts)
     folder.note({"fingerprint": setting.base.fingerprint})
     before = central(setting, strategy.broadcast(state, 0, None))

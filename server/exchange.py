@@ -47,7 +47,6 @@ class Exchange:
         for client, content in self._replies("train", round, out, traffic):
             try:
                 payload = from_records(content)
-                traffic.up += len(payload)
                 facts = {name: float(value) for name, value in content.metric_records["metrics"].items() if isinstance(value, int | float)}
                 yield unpack_update(payload, facts, client, out[client], self.codec)
             except (ValueError, KeyError) as fault:
@@ -73,6 +72,7 @@ class Exchange:
             traffic.down += sum(len(one.payload) for one in packed.values())
             again = []
             for client, content in self._send(kind, round, packed, traffic).items():
+                traffic.up += _size(content)
                 facts: Mapping[str, object] = content.config_records.get("facts", {})
                 if facts.get("resend") and attempt == 0:
                     self._held.pop(client, None)
@@ -112,14 +112,25 @@ def connect(grid: Grid, codec: Codec, clients: int, *, deadline: float | None = 
     traffic = Traffic()
     messages = [Message(RecordDict(), node, "query", group_id="query") for node in ids]
     for node, content in _gathered(grid, messages, {node: node for node in ids}, patience, traffic):
-        client = content.config_records["facts"]["client"]
-        if not isinstance(client, int) or client in nodes:
-            raise ConfigError(f"two nodes say they are client {client!r}; give each node its own partition-id")
+        facts: Mapping[str, object] = content.config_records.get("facts", {})
+        client = facts.get("client")
+        if type(client) is not int:
+            raise ConfigError(f"node {node} says it is client {client!r}, needed is a whole number; does it run fedpeft?")
+        if client in nodes:
+            raise ConfigError(f"two nodes say they are client {client}; give each node its own partition-id")
         nodes[client] = node
     if missing := [client for client in range(clients) if client not in nodes]:
         why = f" (first fault: {traffic.faults[0].reason})" if traffic.faults else ""
         raise ConfigError(f"client {missing[0]} and {len(missing) - 1} more did not answer the first message{why}")
     return Exchange(grid, codec, {client: nodes[client] for client in range(clients)}, deadline)
+
+
+def _size(content: RecordDict) -> int:
+    """Bytes of a reply's payload, whatever becomes of it."""
+    try:
+        return len(from_records(content))
+    except ValueError:
+        return 0
 
 
 def _gathered(

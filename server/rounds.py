@@ -1,6 +1,5 @@
 """The loop: draw a cohort, broadcast, gather, aggregate."""
 
-import itertools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -42,23 +41,28 @@ def run(
         began, traffic = time.perf_counter(), Traffic()
         for attempt in range(ATTEMPTS):
             cohort = draw(round, attempt)
-            taken = _Taken(strategy, state, round, cohort, exchange, traffic)
-            updates = iter(taken)
-            one = next(updates, None)
-            new = None if one is None else strategy.aggregate(state, round, itertools.chain([one], updates), mean)
-            if new is not None and taken.count >= min_clients:
-                state = new
-                yield Round(round, state, cohort, traffic, taken.loss, taken.count, time.perf_counter() - began)
-                break
+            taken = _Taken(strategy, state, round, cohort, exchange, traffic, min_clients)
+            try:
+                state = strategy.aggregate(state, round, iter(taken), mean)
+            except _TooFew:
+                continue
+            yield Round(round, state, cohort, traffic, taken.loss, taken.count, time.perf_counter() - began)
+            break
         else:
             raise RoundFailed(_explained(round, taken.count, min_clients, traffic.faults))
 
 
-class _Taken:
-    """The checked updates of one cohort, counted as they pass."""
+class _TooFew(Exception):
+    """Raised at the end of a cohort's updates, so that no aggregate of too few ever comes to be."""
 
-    def __init__(self, strategy: Strategy[S], state: S, round: int, cohort: Cohort, exchange: Exchange, traffic: Traffic) -> None:
-        self.count, self._loss, self._weight = 0, 0.0, 0.0
+
+class _Taken:
+    """The checked updates of one cohort, counted as they pass; `_TooFew` after the last if they are fewer than `needed`."""
+
+    def __init__(
+        self, strategy: Strategy[S], state: S, round: int, cohort: Cohort, exchange: Exchange, traffic: Traffic, needed: int
+    ) -> None:  # fmt: skip
+        self.count, self._needed, self._loss, self._weight = 0, needed, 0.0, 0.0
         self._out = {client: strategy.broadcast(state, round, client) for client in cohort.clients}
         self._phase, self._equal = strategy.phase(round), strategy.mean_only
         self._round, self._exchange, self._traffic = round, exchange, traffic
@@ -74,6 +78,8 @@ class _Taken:
             self._loss += update.weight * update.metrics.get("loss", float("nan"))
             self._weight += update.weight
             yield good
+        if self.count < self._needed:
+            raise _TooFew
 
     @property
     def loss(self) -> float:

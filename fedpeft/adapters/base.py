@@ -4,6 +4,7 @@ Only one adapter lies on a base at a time. Swapping a client's tensors is a copy
 injected, removed or re-keyed between clients.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from fedpeft.models.base import Base
 from fedpeft.tensors import Names, Tensors, is_own
 
 HEAD = "head."
+OWN = "adapter.safetensors"
 
 
 @dataclass(eq=False)
@@ -48,18 +50,21 @@ class Adapted:
     def write(self, tensors: Tensors) -> None:
         """Copies boundary values into the live parameters; names with a slash belong to a strategy and are skipped.
 
-        Raises `ValueError` for a name this adapter does not have or another shape than it has.
+        Raises `ValueError` for a name this adapter does not have or another shape than it has, and then writes nothing.
         """
-        for name, tensor in tensors.items():
-            if is_own(name):
-                continue
+        mine = {name: tensor for name, tensor in tensors.items() if not is_own(name)}
+        for name, tensor in mine.items():
             here = self.parameters.get(name)
             if here is None:
                 raise ValueError(f"{name} is not a tensor of this adapter; do server and client use the same adapter= and model=?")
             if here.shape != tensor.shape:
-                raise ValueError(f"{name} is {tuple(tensor.shape)}, the adapter here has {tuple(here.shape)}; the ranks differ")
+                raise ValueError(
+                    f"{name} is {tuple(tensor.shape)}, the adapter here has {tuple(here.shape)}; "
+                    "do server and client use the same rank and model?"
+                )
+        for name, tensor in mine.items():
             scale = self.scales.get(name, 1.0)
-            here.copy_(tensor if scale == 1.0 else tensor / scale)
+            self.parameters[name].copy_(tensor if scale == 1.0 else tensor / scale)
 
     def select(self, names: Names) -> dict[str, nn.Parameter]:
         """Lets gradients into the parameters that satisfy `names`, and into no other; gives those."""
@@ -70,26 +75,51 @@ class Adapted:
         return chosen
 
     def logits(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """The model's logits for one batch."""
+        """The model's logits for one batch: (b, classes), or (b, T, vocabulary) for language."""
         there = {name: tensor.to(self.base.device) for name, tensor in inputs.items()}
         out: Tensor = (self.module or self.base.module)(**there).logits
-        return out
+        return out if out.dim() == 2 else out[:, -there["input_ids"].shape[1] :]  # virtual tokens of a prompt stand before the text
 
     @contextmanager
     def shifted(self, base_delta: Sequence[Mapping[str, LowRank]]) -> Iterator[None]:
-        """Runs with low-rank products added to the frozen base weights, and puts the very same weights back."""
-        kept: dict[str, Tensor] = {}
+        """Runs with low-rank products added to the frozen base weights, and puts the very same weights back.
+
+        A layer that shares its weight with another is shifted alone. Raises `ValueError` for a layer that is not there or does not fit.
+        """
+        parts: dict[str, list[LowRank]] = defaultdict(list)
+        for chunk in base_delta:
+            for target, product in chunk.items():
+                parts[target].append(product)
+        kept: dict[nn.Module, nn.Parameter] = {}
         try:
-            for chunk in base_delta:
-                for target, product in chunk.items():
-                    weight = _weight(self.base.module, target)
-                    kept.setdefault(target, weight.data)
-                    dense = product.dense().to(weight.device, weight.dtype)
-                    weight.data = weight.data + (dense.T if _transposed(self.base.module, target) else dense)
+            for target, products in parts.items():
+                inner, weight = self._frozen(target)
+                dense = torch.cat([p.B for p in products], 1) @ torch.cat([p.A for p in products], 0)
+                dense = dense.T if _transposed(inner) else dense
+                if dense.shape != weight.shape:
+                    raise ValueError(
+                        f"base_delta of {target} is {tuple(dense.shape)}, the weight here {tuple(weight.shape)}; "
+                        "do server and client use the same model?"
+                    )
+                kept[inner] = weight
+                inner.weight = nn.Parameter((weight + dense.to(weight.device)).to(weight.dtype), requires_grad=False)
             yield
         finally:
-            for target, original in kept.items():
-                _weight(self.base.module, target).data = original
+            for inner, weight in kept.items():
+                inner.weight = weight
+
+    def _frozen(self, target: str) -> tuple[nn.Module, nn.Parameter]:
+        """The layer `target`, seen through peft's wrapper if there is one, and its weight."""
+        try:
+            inner = layer(self.base.module, target)
+        except AttributeError:
+            raise ValueError(
+                f"base_delta names the layer {target}, which this model lacks; do server and client use the same model?"
+            ) from None
+        weight = getattr(inner, "weight", None)
+        if not isinstance(weight, nn.Parameter) or any(weight is parameter for parameter in self.parameters.values()):
+            raise ValueError(f"base_delta names {target}, which has no frozen weight here; this strategy needs adapter=lora")
+        return inner, weight
 
     def export(self, tensors: Tensors, folder: Path) -> None:
         """Writes the adapter with these tensors to `folder`: Hugging Face PEFT format where peft knows the adapter, else our own."""
@@ -104,6 +134,42 @@ class Adapter(Protocol):
     def attach(self, base: Base, seed: int) -> Adapted:
         """The base with this adapter and a fresh head, the same bits for the same seed on every machine."""
         ...
+
+
+def undoing(base: Base) -> Callable[[], None]:
+    """What takes off whatever is put on the base from now on: every submodule, hook and attribute of its module becomes what it is now.
+
+    Holds references to the base's tensors, not copies; only the head gets its values back too. Who trains another base tensor in place
+    keeps a copy of it.
+    """
+    facts = [(vars(module), {key: _Kept(value) for key, value in vars(module).items()}) for module in base.module.modules()]
+    tensors = [(tensor, tensor.data) for tensor in (*base.module.parameters(), *base.module.buffers())]
+
+    def undo() -> None:
+        for now, before in facts:
+            now.clear()
+            now.update({key: kept.value() for key, kept in before.items()})
+        for tensor, data in tensors:
+            tensor.data = data
+            tensor.grad = None
+        restore(base, base.start)
+        base.module.requires_grad_(False)
+
+    return undo
+
+
+class _Kept:
+    """One attribute of a module; a dict (of submodules, tensors, hooks) with what is in it, for these are edited in place."""
+
+    def __init__(self, value: object) -> None:
+        self._value = value
+        self._items = dict(value) if isinstance(value, dict) else None
+
+    def value(self) -> object:
+        if isinstance(self._value, dict) and self._items is not None:
+            self._value.clear()
+            self._value.update(self._items)
+        return self._value
 
 
 def head_parameters(base: Base) -> dict[str, nn.Parameter]:
@@ -122,13 +188,18 @@ def restore(base: Base, start: Tensors) -> None:
 
 
 def save_own(parameters: Mapping[str, nn.Parameter], kind: str) -> Callable[[Path], None]:
-    """Our own format for adapters that peft does not know: canonical names in `adapter.safetensors`; `fedpeft.load_adapter` reads it."""
+    """Our own format for adapters that peft does not know: canonical names in one file; `fedpeft.load_adapter` reads it."""
 
     def save(folder: Path) -> None:
         tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in parameters.items()}
-        save_file(tensors, folder / "adapter.safetensors", metadata={"format": "fedpeft", "adapter": kind})
+        save_file(tensors, folder / OWN, metadata={"format": "fedpeft", "adapter": kind})
 
     return save
+
+
+def precision(beside: Tensor) -> torch.dtype:
+    """What a new tensor beside a frozen one is kept in: float32 at least, since half precision loses the steps of training."""
+    return torch.promote_types(beside.dtype, torch.float32)
 
 
 def layer(module: nn.Module, path: str) -> nn.Module:
@@ -138,12 +209,6 @@ def layer(module: nn.Module, path: str) -> nn.Module:
     return inner if isinstance(inner, nn.Module) else found
 
 
-def _weight(module: nn.Module, path: str) -> nn.Parameter:
-    weight = layer(module, path).weight
-    assert isinstance(weight, nn.Parameter)
-    return weight
-
-
-def _transposed(module: nn.Module, path: str) -> bool:
+def _transposed(inner: nn.Module) -> bool:
     """True where the weight is stored in x out: GPT-2's Conv1D and embeddings."""
-    return isinstance(layer(module, path), nn.Embedding) or type(layer(module, path)).__name__ == "Conv1D"
+    return isinstance(inner, nn.Embedding) or type(inner).__name__ == "Conv1D"

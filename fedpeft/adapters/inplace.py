@@ -7,7 +7,7 @@ BitFit: Ben Zaken et al., ACL 2022, https://arxiv.org/abs/2106.10199. FedPEFT ca
 from dataclasses import dataclass
 from typing import Literal
 
-from fedpeft.adapters.base import Adapted, head_parameters, restore, save_own
+from fedpeft.adapters.base import Adapted, head_parameters, restore, save_own, undoing
 from fedpeft.models.base import Base
 
 
@@ -19,17 +19,24 @@ class InPlace:
 
     def attach(self, base: Base, seed: int) -> Adapted:
         """Starts from the base's own values; nothing is drawn."""
-        chosen = {name: p for name, p in base.module.named_parameters() if name not in base.head and self._takes(name)}
+        undo = undoing(base)
+        chosen = {
+            name: parameter
+            for name, parameter in base.module.named_parameters()
+            if name not in base.head and self._takes(name) and parameter.is_floating_point()
+        }
         start = {name: parameter.detach().clone() for name, parameter in chosen.items()}
+        if not chosen and (self.trains != "head" or not base.head):
+            raise ValueError(
+                f"adapter.trains={self.trains}: this {type(base.module).__name__} has no {self.trains} to train; choose adapter=lora"
+            )
         parameters = chosen | head_parameters(base)
-        if not parameters:
-            raise ValueError(f"adapter.trains={self.trains}: this model has nothing of that kind to train; choose adapter=lora")
 
-        def undo() -> None:
-            restore(base, start | base.start)
-            base.module.requires_grad_(False)
+        def off() -> None:
+            undo()
+            restore(base, start)
 
-        return Adapted(base, parameters, undo, save_own(parameters, self.trains))
+        return Adapted(base, parameters, off, save_own(parameters, self.trains))
 
     def _takes(self, name: str) -> bool:
         return self.trains == "full" or (self.trains == "bias" and name.rpartition(".")[2] == "bias")

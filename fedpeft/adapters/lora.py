@@ -5,6 +5,7 @@ all through peft. On the boundary a layer has `<layer>.A` (r, in) and `<layer>.B
 `<layer>.magnitude` (out,).
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -12,12 +13,16 @@ import peft
 from torch import nn
 
 from fedpeft.adapters.base import Adapted, layer
-from fedpeft.adapters.tuner import NAME, attach, config_of
+from fedpeft.adapters.injected import NAME, attach, heads
 from fedpeft.models.base import Base
 
 PARTS = {
-    "lora_A.weight": "A", "lora_B.weight": "B", "lora_embedding_A": "A", "lora_embedding_B": "B", "lora_magnitude_vector.weight": "magnitude",
-}  # fmt: skip
+    "lora_A.weight": "A",
+    "lora_B.weight": "B",
+    "lora_embedding_A": "A",
+    "lora_embedding_B": "B",
+    "lora_magnitude_vector.weight": "magnitude",
+}
 
 
 @dataclass(frozen=True)
@@ -34,17 +39,46 @@ class Lora:
 
     def attach(self, base: Base, seed: int) -> Adapted:
         """A drawn from `seed` (Kaiming uniform), B zero."""
-        options = {
-            "r": self.rank, "lora_alpha": self.alpha, "target_modules": self.targets, "rank_pattern": dict(self.rank_pattern),
-            "alpha_pattern": dict(self.alpha_pattern), "use_rslora": self.rslora, "use_dora": self.dora, "lora_dropout": 0.0,
-        }  # fmt: skip
-        if self.rank < 1:
-            raise ValueError(f"adapter.rank={self.rank}: needed is at least 1")
-        adapted = attach(base, config_of("LORA", options, base), seed, _name, _scales)
-        for name, parameter in adapted.parameters.items():
-            if name.endswith(".A"):
-                _check_rank(name[:-2], parameter.shape[0], base, adapted)
+        for name, rank in {"rank": self.rank, **_under("rank_pattern", self.rank_pattern)}.items():
+            if rank < 1:
+                raise ValueError(f"adapter.{name}={rank}: needed is at least 1")
+        for name, alpha in {"alpha": self.alpha, **_under("alpha_pattern", self.alpha_pattern)}.items():
+            if not alpha > 0:
+                raise ValueError(f"adapter.{name}={alpha}: needed is more than 0")
+        config = peft.LoraConfig(
+            r=self.rank, lora_alpha=self.alpha, use_rslora=self.rslora, use_dora=self.dora,
+            target_modules=list(self.targets) if isinstance(self.targets, tuple) else self.targets, exclude_modules=heads(base) or None,
+            rank_pattern=dict(self.rank_pattern), alpha_pattern=dict(self.alpha_pattern),
+        )  # fmt: skip
+        adapted = attach(base, config, seed, _name, _scales)
+        try:
+            _check(self, base.module, adapted.parameters)
+        except ValueError:
+            adapted.undo()
+            raise
         return adapted
+
+
+def _check(lora: Lora, module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Raises `ValueError` for a rank larger than its layer, a layer that is no matrix, and a pattern that fits no layer."""
+    ranks = {name[:-2]: len(parameter) for name, parameter in parameters.items() if name.endswith(".A")}
+    for path, rank in ranks.items():
+        weight = getattr(layer(module, path), "weight", None)
+        if weight is None or weight.dim() != 2:
+            raise ValueError(f"adapter.targets reaches {path}, whose weight is no matrix; adapter=lora adapts linear layers and embeddings")
+        if rank > min(weight.shape):
+            raise ValueError(
+                f"adapter.rank={rank} is larger than the layer {path} ({' x '.join(map(str, weight.shape))}); "
+                f"needed is at most {min(weight.shape)}, for this layer alone by adapter.rank_pattern"
+            )
+    for field_, keys in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
+        for key in keys:
+            if not any(re.match(rf"(.*\.)?({key})$", path) for path in ranks):  # as peft matches them
+                raise ValueError(f"adapter.{field_} names {key}, which fits no adapted layer; there are {', '.join(sorted(ranks))}")
+
+
+def _under(name: str, values: Mapping[str, float]) -> dict[str, float]:
+    return {f"{name}.{key}": value for key, value in values.items()}
 
 
 def _name(name: str) -> str:
@@ -56,13 +90,3 @@ def _name(name: str) -> str:
 
 def _scales(module: nn.Module) -> dict[str, float]:
     return {f"{path}.B": inner.scaling[NAME] for path, inner in module.named_modules() if isinstance(inner, peft.tuners.lora.LoraLayer)}
-
-
-def _check_rank(path: str, rank: int, base: Base, adapted: Adapted) -> None:
-    weight = layer(base.module, path).weight
-    assert isinstance(weight, nn.Parameter)
-    if rank > min(weight.shape):
-        adapted.undo()
-        raise ValueError(
-            f"adapter.rank={rank} is larger than the layer {path} ({' x '.join(map(str, weight.shape))}); needed is at most {min(weight.shape)}"
-        )

@@ -1,135 +1,120 @@
-"""Any tuner of the installed peft, as an adapter: what it trains is read and written under canonical names.
-
-peft's name `base_model.model.<layer>.<part>.default.weight` becomes `<layer>.<part>.weight`; the head is `head.<parameter>`.
-"""
+"""Any tuner of the installed peft, by its name and the fields of its config."""
 
 import inspect
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import peft
-import torch
-from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from fedpeft import seeds
-from fedpeft.adapters.base import HEAD, Adapted, restore
+from fedpeft.adapters.base import Adapted
+from fedpeft.adapters.injected import TASKS, attach, heads
 from fedpeft.models.base import Base
-from fedpeft.models.load import quiet
 
-NAME = "default"  # peft's name of the one adapter
-TASKS = {"text": "SEQ_CLS", "language": "CAUSAL_LM", "image": None}
-PREFIX = "base_model.model."
+CANNOT = {
+    "LILY": "its router averages over a batch, so that an example's logits depend on the examples beside it",
+    "MULTITASK_PROMPT_TUNING": "it asks for the task of each example (task_ids), which examples here do not have",
+    "POLY": "it asks for the task of each example (task_ids), which examples here do not have",
+    "XLORA": "it mixes LoRA adapters trained before, which every client would have to hold",
+}
+
+# Fields that act only through calls or losses which a training loop for all tuners does not have: AdaLoRA keeps its first rank.
+IDLE = {
+    "ADALORA": ("r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step", "rank_pattern"),
+    "ADAMSS": ("use_asa",),
+    "CPT": ("opt_weighted_loss_type", "opt_loss_decay_factor"),
+}
+
+REWRITES = ("pissa", "olora", "corda", "eva", "loftq", "lora_ga")  # values of init_lora_weights that change frozen weights or read data
+DRAWS = ("projection_prng_key", "random_loc_seed", "random_seed", "projection_seed", "proj_seed")  # fields that seed frozen random tensors
 
 
 @dataclass(frozen=True)
 class Tuner:
-    """`type` is a name of peft's PeftType (IA3, OFT, VERA, ...), `options` the fields of its config."""
+    """`type` is a name of peft's PeftType (IA3, OFT, VERA, ...), `options` the fields of its config.
+
+    ADAMSS, FROD, OSF and PSOFT freeze factors of an SVD of the base: these agree between machines as far as their linear algebra does.
+    """
 
     type: str
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def attach(self, base: Base, seed: int) -> Adapted:
-        """Injects the tuner; its random start depends on `seed` alone."""
-        return attach(base, config_of(self.type, self.options, base), seed)
-
-
-def config_of(kind: str, options: Mapping[str, Any], base: Base) -> peft.PeftConfig:
-    """peft's config for tuner `kind`, the head excluded from its targets."""
-    known = {tuner.name: cls for tuner, cls in peft.PEFT_TYPE_TO_CONFIG_MAPPING.items()}
-    if kind.upper() not in known:
-        raise ValueError(f"adapter.type={kind} is not a tuner of peft {peft.__version__}; there are {', '.join(sorted(known))}")
-    cls = known[kind.upper()]
-    fields = inspect.signature(cls).parameters
-    if wrong := sorted(set(options) - set(fields)):
-        raise ValueError(f"adapter.options.{wrong[0]} is not a field of {cls.__name__}; there are {', '.join(sorted(fields))}")
-    facts = {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
-    if "exclude_modules" in fields and base.head:
-        facts.setdefault("exclude_modules", sorted({name.rpartition(".")[0] for name in base.head}))
-    if issubclass(cls, peft.PromptLearningConfig):
-        facts.setdefault("task_type", TASKS[base.task])
-    return cls(**facts)
-
-
-def attach(
-    base: Base,
-    config: peft.PeftConfig,
-    seed: int,
-    rename: Callable[[str], str] = str,
-    scales: Callable[[nn.Module], dict[str, float]] = lambda _: {},
-) -> Adapted:
-    """Puts the adapter of `config` on the base. `rename` makes a canonical name of peft's (without prefix and adapter name)."""
-    start = {name: parameter.detach().clone() for name, parameter in base.module.named_parameters() if name in base.head}
-    with quiet(), torch.random.fork_rng():
-        torch.manual_seed(seeds.seed(seed, purpose="adapter"))
+        """Injects the tuner; what it draws, trained or frozen, depends on `seed` alone."""
+        kind = self.type.upper()
+        known = {tuner.name: cls for tuner, cls in peft.PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+        if kind not in known or kind in CANNOT:
+            fault = f"cannot be federated: {CANNOT[kind]}" if kind in CANNOT else f"is not a tuner of peft {peft.__version__}"
+            raise ValueError(f"adapter.type={kind} {fault}; there are {', '.join(sorted(known.keys() - CANNOT))}")
+        _check(kind, self.options, known[kind])
+        if issubclass(known[kind], peft.PromptLearningConfig):
+            _check_prompt(kind, self.options, base)
         try:
-            model = peft.get_peft_model(base.module, config)
-        except ValueError as fault:
-            raise ValueError(f"{fault} Layers of this model: {', '.join(_layers(base.module))}") from fault
-    head = {HEAD + name: base.start[name] for name in base.head}
-    found: dict[str, nn.Parameter] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            found[_canonical(name, base, rename)] = parameter
-    own = {n: p for n, p in base.module.named_parameters() if n in base.head}
-    found |= {HEAD + name: parameter for name, parameter in own.items() if HEAD + name not in found}
-    with torch.no_grad():
-        for name, tensor in head.items():
-            found[name].copy_(tensor)
-    ordered = dict(sorted(found.items(), key=lambda item: (item[0].startswith(HEAD), item[0])))
-
-    def undo() -> None:
-        if hasattr(model.base_model, "unload"):
-            model.unload()
-        _unwrap(base.module)
-        restore(base, start)
-        base.module.requires_grad_(False)
-
-    adapted = Adapted(base, ordered, undo, _saver(model, config, base, ordered), scales(base.module), model)
-    return adapted
+            config = known[kind](**_fields(known[kind], self.options, base, seed))
+        except (ValueError, TypeError) as fault:
+            raise ValueError(f"adapter.options: {fault}") from fault
+        return attach(base, config, seed)
 
 
-def _canonical(name: str, base: Base, rename: Callable[[str], str]) -> str:
-    plain = name.removeprefix(PREFIX)
-    parts = [part for part in plain.split(".") if part not in (NAME, "modules_to_save")]
-    plain = ".".join(parts)
-    return HEAD + plain if plain in base.head else rename(plain)
+def _check(kind: str, options: Mapping[str, Any], config: type[peft.PeftConfig]) -> None:
+    """Raises `ValueError` for an option that does not exist or would be passed over in silence."""
+    fields = inspect.signature(config).parameters
+    for name, value in options.items():
+        if name not in fields:
+            raise ValueError(f"adapter.options.{name} is not a field of {config.__name__}; there are {', '.join(sorted(fields))}")
+        if name in IDLE.get(kind, ()):
+            raise ValueError(f"adapter.options.{name} would do nothing: local training makes no calls of {kind}'s own; leave it out")
+        if name == "init_lora_weights" and str(value).startswith(REWRITES):
+            raise ValueError(
+                f"adapter.options.{name}={value} changes the frozen weights, which all clients hold alike; choose gaussian or true"
+            )
+        if "dropout" in name and value:
+            raise ValueError(f"adapter.options.{name}={value}: clients train without dropout, as their frozen base runs; leave it out")
 
 
-def _saver(model: Any, config: peft.PeftConfig, base: Base, parameters: Mapping[str, nn.Parameter]) -> Callable[[Path], None]:
-    """Writes adapter_config.json and adapter_model.safetensors; the head goes in as a module to save, as stock peft expects it."""
-
-    def save(folder: Path) -> None:
-        state = peft.get_peft_model_state_dict(model)
-        for name, parameter in parameters.items():
-            if name.startswith(HEAD):
-                state[PREFIX + name.removeprefix(HEAD)] = parameter.detach()
-        tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
-        from safetensors.torch import save_file
-
-        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        facts = config.to_dict() | {"base_model_name_or_path": base.source, "inference_mode": True}
-        if base.head and not isinstance(config, peft.PromptLearningConfig):
-            facts["modules_to_save"] = sorted({name.rpartition(".")[0] for name in base.head})
-        if facts.get("task_type") is None:
-            facts["task_type"] = TASKS[base.task]
-        cls = type(config)
-        cls(**{name: value for name, value in facts.items() if name in inspect.signature(cls).parameters}).save_pretrained(folder)
-
-    return save
+def _check_prompt(kind: str, options: Mapping[str, Any], base: Base) -> None:
+    if TASKS[base.task] is None:
+        raise ValueError(f"adapter.type={kind} puts tokens before a text, the data's task is {base.task}; choose adapter=visual_prompt")
+    if kind != "CPT" and not options.get("num_virtual_tokens"):
+        raise ValueError("adapter.options.num_virtual_tokens is not set; for instance adapter.options.num_virtual_tokens=20")
+    if kind in ("PROMPT_TUNING", "P_TUNING") and "score.weight" in base.head:  # transformers' name for the head of a decoder
+        raise ValueError(
+            f"adapter.type={kind}: a {type(base.module).__name__} given embeddings reads the class at the end of the padding, "
+            "not of the text; choose adapter=prefix"
+        )
 
 
-def _unwrap(module: nn.Module) -> None:
-    for path, inner in list(module.named_modules()):
-        if isinstance(inner, ModulesToSaveWrapper):
-            parent, _, name = path.rpartition(".")
-            setattr(module.get_submodule(parent), name, inner.original_module)
+def _fields(config: type[peft.PeftConfig], options: Mapping[str, Any], base: Base, seed: int) -> dict[str, Any]:
+    """The options, the head left out of the targets, no dropout, frozen random tensors drawn from `seed`."""
+    fields = inspect.signature(config).parameters
+    draw = seeds.seed(seed, purpose="adapter") % 2**31
+    facts: dict[str, Any] = {name: 0.0 for name in fields if "dropout" in name} | {name: draw for name in DRAWS if name in fields}
+    facts |= {name: value for name, value in (("progressbar", False), ("total_step", 1)) if name in fields}  # AdaLoRA wants some step
+    facts |= {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
+    if "exclude_modules" in fields:
+        facts["exclude_modules"] = _with_head(facts.get("exclude_modules"), base)
+    elif facts.get("target_modules") == "all-linear":
+        facts["target_modules"] = _linear(base)
+    if issubclass(config, peft.PromptLearningConfig):
+        facts.setdefault("task_type", TASKS[base.task])
+    return facts
 
 
-def _layers(module: nn.Module) -> list[str]:
-    """The last name of every linear layer, for messages."""
-    return sorted(
-        {name.rpartition(".")[2] for name, inner in module.named_modules() if hasattr(inner, "weight") and inner.weight.dim() == 2}
-    )
+def _with_head(excluded: str | list[str] | None, base: Base) -> str | list[str] | None:
+    """`exclude_modules`, a list of names or a pattern, with the head added."""
+    if isinstance(excluded, str):
+        return "|".join([f"({excluded})", *map(re.escape, heads(base))])
+    return [*(excluded or ()), *heads(base)] or None
+
+
+def _linear(base: Base) -> list[str]:
+    """The full names of all linear layers but the output's, for tuners that cannot exclude the head from "all-linear"."""
+    output = getattr(base.module, "get_output_embeddings", lambda: None)()
+    return [
+        path
+        for path, inner in base.module.named_modules()
+        if (isinstance(inner, nn.Linear) or type(inner).__name__ == "Conv1D") and inner is not output and path not in heads(base)
+    ]

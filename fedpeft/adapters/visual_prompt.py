@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fedpeft import seeds
-from fedpeft.adapters.base import Adapted, head_parameters, restore, save_own
+from fedpeft.adapters.base import Adapted, head_parameters, precision, save_own, undoing
 from fedpeft.models.base import Base
 
 
@@ -19,26 +19,23 @@ class VisualPrompt:
     tokens: int = 10
 
     def attach(self, base: Base, seed: int) -> Adapted:
-        """Hooks the prompts onto every block; they start at N(0, 0.02^2)."""
+        """Hooks the prompts onto every block; they start at N(0, 0.02^2), as transformers' own embeddings do."""
+        if self.tokens < 1:
+            raise ValueError(f"adapter.tokens={self.tokens}: needed is at least 1")
         blocks = _blocks(base.module)
         if base.task != "image" or not blocks:
             raise ValueError("adapter=visual_prompt needs a vision transformer (model=tiny_vit); for texts use adapter=prompt")
         rng = seeds.generator(seed, purpose="adapter")
+        undo = undoing(base)
         width = int(base.module.config.hidden_size)  # type: ignore[union-attr,arg-type]  # a transformers model has a config
+        kind = precision(next(base.module.parameters()))
         parameters: dict[str, nn.Parameter] = {}
-        hooks = []
         for path, block in blocks.items():
-            prompt = nn.Parameter((torch.randn(self.tokens, width, generator=rng) * 0.02).to(base.device))
+            prompt = nn.Parameter((torch.randn(self.tokens, width, generator=rng) * 0.02).to(base.device, kind))
             parameters[f"{path}.prompt"] = prompt
-            hooks += [block.register_forward_pre_hook(_put(prompt)), block.register_forward_hook(_take(self.tokens))]
+            block.register_forward_pre_hook(_put(prompt))
+            block.register_forward_hook(_take(self.tokens))
         parameters |= head_parameters(base)
-
-        def undo() -> None:
-            for hook in hooks:
-                hook.remove()
-            restore(base, base.start)
-            base.module.requires_grad_(False)
-
         return Adapted(base, parameters, undo, save_own(parameters, "visual_prompt"))
 
 
@@ -56,7 +53,7 @@ def _blocks(module: nn.Module) -> dict[str, nn.Module]:
 def _put(prompt: nn.Parameter) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
     def hook(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden = inputs[0]
-        return torch.cat([hidden, prompt.expand(len(hidden), -1, -1)], 1), *inputs[1:]
+        return torch.cat([hidden, prompt.to(hidden.dtype).expand(len(hidden), -1, -1)], 1), *inputs[1:]
 
     return hook
 

@@ -15,6 +15,7 @@ DTYPES = {str(kind).removeprefix("torch."): kind for kind in (
     torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
 )}  # fmt: skip
 MAX_ENTRIES = 1 << 40  # of one tensor; a layout that names more is hostile, whatever the payload's length
+MAX_DIMS = 64  # torch's own limit in most operations
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def parse(rows: object) -> Layout:
 def _spec(row: object) -> Spec:
     match row:
         case [str(name), str(dtype), list(shape)] if dtype in DTYPES and all(type(side) is int and side >= 0 for side in shape):
-            spec = Spec(name, DTYPES[dtype], tuple(shape))
-            if spec.entries <= MAX_ENTRIES:
-                return spec
+            # An empty side hides the others in the product of all, and torch cannot hold a side past 64 bits.
+            if len(shape) <= MAX_DIMS and math.prod(max(side, 1) for side in shape) <= MAX_ENTRIES:
+                return Spec(name, DTYPES[dtype], tuple(shape))
     raise ValueError(f"layout row {str(row)[:80]} is not [name, dtype, shape] with a known dtype and a size that can be")

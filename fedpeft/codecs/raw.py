@@ -47,14 +47,17 @@ class Half:
 
     def encode(self, tensors: Tensors) -> bytes:
         """Cast, then raw. An entry too large for fp16 becomes its largest finite value."""
-        kind, most = self._kind, torch.finfo(self._kind).max
-        return Raw().encode({n: t.clamp(-most, most).to(kind) if t.is_floating_point() else t for n, t in tensors.items()})
+        return Raw().encode({name: self._cast(tensor) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()})
 
     def decode(self, data: bytes, layout: Layout) -> Tensors:
         """Raw, then cast back."""
         sent = tuple(replace(spec, dtype=self._kind) if spec.dtype.is_floating_point else spec for spec in layout)
         kinds = {spec.name: spec.dtype for spec in layout}
         return {name: tensor.to(kinds[name]) for name, tensor in Raw().decode(data, sent).items()}
+
+    def _cast(self, tensor: torch.Tensor) -> torch.Tensor:
+        most = min(torch.finfo(self._kind).max, torch.finfo(tensor.dtype).max)
+        return tensor.clamp(-most, most).to(self._kind)
 
     @property
     def _kind(self) -> torch.dtype:
@@ -63,5 +66,6 @@ class Half:
 
 def raw_bytes(tensor: torch.Tensor) -> bytes:
     """The bytes of a tensor in row-major order."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    whole = tensor.detach().cpu().contiguous()
+    flat = whole.as_strided((whole.numel(),), (1,))  # a slice of one entry counts as contiguous, whatever its stride
     return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""

@@ -139,7 +139,7 @@ def natural(labels: Tensor, groups: tuple[str, ...] | None, clients: int, *, min
     if len(large) < clients:
         raise ValueError(
             f"clients={clients}: {len(large)} of {len(ranked)} owners have at least data.min_examples={min_examples} rows; "
-            f"use clients={len(large)} or fewer, or a smaller data.min_examples"
+            + (f"use clients={len(large)} or fewer, or a smaller data.min_examples" if large else "use a smaller data.min_examples")
         )
     client = {name: at for at, name in enumerate(large[:clients])}
     owner = np.array([client.get(name, -1) for name in groups], dtype=np.int64)

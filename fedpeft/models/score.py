@@ -28,10 +28,11 @@ class Score:
 
 def losses(task: Task, logits: Tensor, targets: Tensor) -> Tensor:
     """(b,) cross-entropy of each example, in nats."""
+    logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
     if task != "language":
-        return F.cross_entropy(logits.float(), targets, reduction="none")
+        return F.cross_entropy(logits, targets, reduction="none")
     ahead = targets[:, 1:]
-    each = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), ahead, ignore_index=-100, reduction="none")
+    each = F.cross_entropy(logits[:, :-1].transpose(1, 2), ahead, ignore_index=-100, reduction="none")
     return each.sum(1) / (ahead != -100).sum(1).clamp(min=1)
 
 

@@ -1,0 +1,55 @@
+"""The model card beside an exported adapter: what it is, how it was made, how to load it."""
+
+from pathlib import Path
+
+from fedpeft.config import Config
+from fedpeft.setting import Setting
+
+PEFT = """```python
+from peft import PeftModel
+from transformers import {cls}
+
+model = PeftModel.from_pretrained({cls}.from_pretrained({base!r}{labels}), "path/of/this/folder")
+```"""
+OWN = """This adapter is not one of peft's: `adapter.safetensors` holds its tensors under fedpeft's names. Load it with the run's config:
+
+```python
+from fedpeft import load, load_adapter, open_setting
+
+adapted = load_adapter("path/of/this/folder", open_setting(load({overrides!r})).adapted)
+```"""
+CLASSES = {"text": "AutoModelForSequenceClassification", "image": "AutoModelForImageClassification", "language": "AutoModelForCausalLM"}
+
+
+def card(config: Config, setting: Setting, folder: Path, *, zero_shot: float, final: float, measure: str) -> str:
+    """The README.md of the adapter in `folder`."""
+    base, task, classes = setting.base.source, setting.base.task, len(setting.dataset.classes)
+    stock = (folder / "adapter_config.json").exists()
+    shown = Path(base).name if Path(base).exists() else base
+    labels = f", num_labels={classes}, ignore_mismatched_sizes=True" if classes else ""
+    how = (
+        PEFT.format(cls=CLASSES[task], base=base, labels=labels)
+        if stock
+        else OWN.format(overrides=[f"adapter={config.choices['adapter']}", "..."])
+    )
+    personal = (
+        "\nClients keep tensors of their own in this strategy: the adapter alone is not the model that was measured.\n"
+        if measure == "personal"
+        else ""
+    )
+    choices = ", ".join(f"{family} {name}" for family, name in config.choices.items())
+    return f"""---
+library_name: {"peft" if stock else "fedpeft"}
+base_model: {shown}
+tags: [federated-learning, fedpeft, {config.choices["adapter"]}]
+---
+
+# {config.choices["adapter"]} adapter, federated with {config.choices["strategy"]}
+
+Trained by {config.clients} clients, {config.cohort} a round, in {config.rounds} rounds, with seed {config.seed}; no client's data left it,
+and no differential privacy was applied. Accuracy on the test set: {zero_shot:.3f} before training, {final:.3f} after ({measure} model).
+{personal}
+{how}
+
+Made by fedpeft with: {choices}.
+"""

@@ -1,0 +1,94 @@
+"""A run killed at any moment and resumed ends with the same adapter, bit for bit, as one that was never stopped."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+RUN = ["rounds=4", "clients=6", "cohort=3", "train.steps=2", "evaluate.every=2", "model.epochs=2", "evaluate.head_only=false"]
+
+# Each is put before the command in the child process and kills it there with SIGKILL: nothing gets a chance to clean up.
+KILLS = {
+    "while a client of the third round trains": """
+import clients.app as place
+real, calls = place.train, []
+def train(*args, **kwargs):
+    calls.append(0)
+    if len(calls) == 8: os.kill(os.getpid(), signal.SIGKILL)
+    return real(*args, **kwargs)
+place.train = train
+""",
+    "while the third checkpoint is being written": """
+import fedpeft.checkpoint as place
+real, calls = place.save_file, []
+def save_file(tensors, path, metadata):
+    real(tensors, path, metadata)
+    calls.append(0)
+    if len(calls) == 3:
+        with open(path, "r+b") as file: file.truncate(os.path.getsize(path) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+place.save_file = save_file
+""",
+    "between the ledger line and the checkpoint": """
+import fedpeft.checkpoint as place
+real, calls = place.save, []
+def save(*args, **kwargs):
+    calls.append(0)
+    if len(calls) == 2: os.kill(os.getpid(), signal.SIGKILL)
+    return real(*args, **kwargs)
+place.save = save
+""",
+    "before anything but the manifest is there": """
+import server.app as place
+def connect(*args, **kwargs): os.kill(os.getpid(), signal.SIGKILL)
+place.connect = connect
+""",
+}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module", params=["fedsa", "fedopt"])
+def uninterrupted(request: pytest.FixtureRequest, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """FedSA has state at the clients, FedOpt at the server."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    assert fedpeft(cache, ["run", *RUN, f"strategy={request.param}", f"run.dir={folder}", "--quiet"]).returncode == 0
+    return request.param, folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", KILLS)
+def test_a_killed_run_resumes_to_the_same_bits(moment: str, uninterrupted: tuple[str, Path], cache: Path, tmp_path: Path) -> None:
+    strategy, whole = uninterrupted
+    folder = tmp_path / "run"
+    command = ["run", *RUN, f"strategy={strategy}", f"run.dir={folder}", "--quiet"]
+    killed = fedpeft(cache, command, before=KILLS[moment])
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    resumed = fedpeft(cache, ["run", "--resume", str(folder), "--quiet"])
+    assert resumed.returncode == 0, resumed.stderr
+    name = "adapter/adapter_model.safetensors"
+    assert (folder / name).read_bytes() == (whole / name).read_bytes()
+    assert [kept(line) for line in lines(folder)] == [kept(line) for line in lines(whole)]
+
+
+def fedpeft(cache: Path, arguments: list[str], before: str = "") -> subprocess.CompletedProcess[str]:
+    program = f"import os, signal, sys\nfrom fedpeft.config import app_folder\nsys.path.insert(0, str(app_folder()))\n{before}\n"
+    program += f"sys.argv = ['fedpeft', *{arguments!r}]\nfrom fedpeft.cli import main\nmain()\n"
+    environment = os.environ | {"FEDPEFT_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, env=environment, timeout=300)
+
+
+def lines(folder: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
+
+
+def kept(line: dict[str, object]) -> dict[str, object]:
+    """What must be equal: not seconds, and not bytes down, since a restarted client holds nothing and is sent the whole again."""
+    return {name: value for name, value in line.items() if "seconds" not in name and "down" not in name and name != "bytes_evaluation"}
