@@ -11,6 +11,7 @@ import click
 import typer
 from rich.console import Console
 
+from fedpeft.checkpoint import FREE
 from fedpeft.config import FAMILIES, ConfigError, app_folder, presets_of
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
@@ -132,10 +133,7 @@ def main() -> None:
 def _taught(fault: Exception) -> str:
     if isinstance(fault, OSError) and fault.errno is not None:
         where = f" at {fault.filename}" if fault.filename else ""
-        return (
-            f"writing or reading failed{where}: {fault.strerror}. Free disk space or choose another run.dir; what is written is kept, "
-            "continue with `fedpeft run --resume` and the run's folder"
-        )
+        return f"writing or reading failed{where}: {fault.strerror}. {FREE}"
     return str(fault)
 
 

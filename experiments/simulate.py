@@ -1,5 +1,6 @@
 """`fedpeft run`: server and clients in this process, joined by the in-process grid; with the federated head-only baseline beside it."""
 
+import itertools
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -40,12 +41,11 @@ def simulate(overrides: Sequence[str], *, resume: Path | None = None, watch: Wat
         folder = None
     setting = open_setting(config)
     if folder is None:
-        place = Path(config.run.dir or f"runs/{datetime.now():%Y-%m-%d-%H%M%S}-{config.choices['strategy']}")
-        folder = create(place, config, overrides)
+        folder = create(Path(config.run.dir) if config.run.dir else _unused(config.choices["strategy"]), config, overrides)
         folder.write("split.json", _split(setting))
     main = _drive("run", config, setting, folder, watch)
     head_only = None
-    if config.evaluate.head_only and config.choices["adapter"] != "head":
+    if config.evaluate.head_only and setting.base.head and config.choices["adapter"] != "head":
         head_only = _baseline(overrides, setting, folder, watch)
     return Summary(folder.path, main, head_only)
 
@@ -59,6 +59,13 @@ def _baseline(overrides: Sequence[str], setting: Setting, folder: Folder, watch:
     setting.adapted.undo()
     there = reopen(place)[0] if (place / "manifest.json").exists() else create(place, config, kept)
     return _drive("head-only baseline", config, open_setting(config, base=setting.base), there, watch)
+
+
+def _unused(strategy: str) -> Path:
+    """runs/<time>-<strategy>, with a number if that is taken."""
+    name = f"{datetime.now():%Y-%m-%d-%H%M%S}-{strategy}"
+    candidates = (Path("runs") / (name if count == 1 else f"{name}-{count}") for count in itertools.count(1))
+    return next(place for place in candidates if not place.exists())
 
 
 def _drive(what: str, config: Config, setting: Setting, folder: Folder, watch: Watch) -> Outcome:

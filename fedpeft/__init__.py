@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from fedpeft.adapters.base import Adapted, Adapter
+    from fedpeft.adapters.load import load_adapter
     from fedpeft.aggregate import Mean, median, trimmed_mean, uniform_mean, weighted_mean
     from fedpeft.codecs.base import Codec, Payload
     from fedpeft.config import Config, ConfigError, load
@@ -42,6 +43,7 @@ _HOMES = {
     "Tensors": "tensors",
     "Update": "messages",
     "load": "config",
+    "load_adapter": "adapters.load",
     "median": "aggregate",
     "open_setting": "setting",
     "partition": "data.partition",
@@ -71,6 +73,7 @@ __all__ = [
     "Tensors",
     "Update",
     "load",
+    "load_adapter",
     "median",
     "open_setting",
     "partition",

@@ -20,6 +20,7 @@ from fedpeft.codecs.raw import raw_bytes
 from fedpeft.tensors import Tensors
 
 FORMAT = "fedpeft 1"
+FREE = "Free disk space; what was written before is kept, continue with `fedpeft run --resume` and the run's folder"
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ def read(path: Path, known: Iterable[type]) -> Checkpoint:
         named, text = unseal(path)
         made = json.loads(text)
     except ValueError as fault:
-        raise ValueError(f"{fault}; delete it to resume from the one before, which ends in the same adapter") from fault
+        remedy = "; delete it to resume from the one before, which ends in the same adapter" if "corrupt" in str(fault) else ""
+        raise ValueError(f"{fault}{remedy}") from fault
     tensors = {name: named[f"t{index}"] for index, name in enumerate(made["names"])}
     return Checkpoint(made["round"], thaw(tensors, made["skeleton"], {_kind(cls): cls for cls in known}), made["facts"])
 
@@ -123,7 +125,11 @@ def seal(path: Path, tensors: Tensors, text: str, *, synced: bool) -> None:
     """
     named = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     partial = path.with_suffix(f".{os.getpid()}.partial")
-    save_file(_unshared(named), partial, metadata={"format": FORMAT, "text": text, "digest": _digest(named, text)})
+    try:
+        save_file(_unshared(named), partial, metadata={"format": FORMAT, "text": text, "digest": _digest(named, FORMAT + text)})
+    except SafetensorError as fault:  # how it reports a full disk
+        partial.unlink(missing_ok=True)
+        raise OSError(f"{path} could not be written: {fault}. {FREE}") from fault
     if synced:
         with partial.open("rb") as file:
             os.fsync(file.fileno())
@@ -136,11 +142,13 @@ def unseal(path: Path) -> tuple[Tensors, str]:
         with safe_open(path, "pt") as file:
             facts = file.metadata() or {}
             named = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  a safetensors file is not a dict
-        ok = facts["format"] == FORMAT and facts["digest"] == _digest(named, facts["text"])
+        ok = facts["digest"] == _digest(named, facts["format"] + facts["text"])
     except (SafetensorError, KeyError, OSError) as fault:
         raise ValueError(f"{path} is corrupt ({fault})") from fault
     if not ok:
         raise ValueError(f"{path} is corrupt (its checksum does not match)")
+    if facts["format"] != FORMAT:
+        raise ValueError(f"{path} was written by another version of fedpeft ({facts['format']}, here {FORMAT}); resume with that version")
     return named, facts["text"]
 
 

@@ -8,7 +8,7 @@ import difflib
 import importlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -183,6 +183,15 @@ def build(spec: Spec, *, leaves_out: Iterable[str] = ()) -> Any:
         raise ConfigError(f"{name}: {fault}") from fault
 
 
+def shown(config: Config) -> str:
+    """The resolved config as YAML, for people; presets are named, their targets left out."""
+    from omegaconf import OmegaConf
+
+    plain = {name: _plain(value) for name, value in asdict(config).items()}
+    plain["run"] = {name: value for name, value in plain["run"].items() if name != "dir"}
+    return OmegaConf.to_yaml(OmegaConf.create(plain))
+
+
 def presets_of(family: str, presets: Path) -> list[str]:
     """The names that `family=` takes."""
     return sorted(path.stem for path in (presets / family).glob("*.yaml"))
@@ -197,6 +206,8 @@ def _refused(text: str, presets: Path, faults: list[str]) -> bool:
         faults.append(f"{text}: keys cannot be added or removed; `fedpeft run --help` lists them")
     elif "_target_" in text:
         faults.append(f"{text}: _target_ is read only from the installed presets; choose a preset by name instead")
+    elif "${" in text:  # the same words would mean another thing on each machine, and a server could ask for a client's environment
+        faults.append(f"{text}: needed is a plain value, not one that stands elsewhere")
     elif key in FAMILIES and value not in presets_of(key, presets):
         close = difflib.get_close_matches(value, presets_of(key, presets), 1)
         hint = f"did you mean {key}={close[0]}? " if close else ""
@@ -306,3 +317,7 @@ def _frozen(value: Any) -> Any:
 
 def _first_line(fault: Exception) -> str:
     return next(iter(str(fault).splitlines()), type(fault).__name__)
+
+
+def _plain(value: Any) -> Any:
+    return {key: _plain(item) for key, item in value.items() if key != "_target_"} if isinstance(value, Mapping) else value

@@ -74,7 +74,7 @@ class Strategy(Protocol[S]):
         ...
 
     def aggregate(self, state: S, round: int, updates: Iterable[Update], mean: Mean) -> S:
-        """The state after `round`."""
+        """The state after `round`. Reads the updates to their end: only then is it known whether enough clients answered."""
         ...
 
 

@@ -1,7 +1,8 @@
 """Exchange: one message per client over a `Grid`, and the replies in client order: updates, or faults with their reason."""
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from flwr.app import Message, RecordDict
@@ -12,6 +13,7 @@ from fedpeft.config import ConfigError
 from fedpeft.messages import Broadcast, Update
 from fedpeft.records import Packed, Packer, from_records, to_records, unpack_update
 
+LONGEST = 600  # letters of a fault's reason
 QUERY_SECONDS = 600.0  # a client may load its model and data before it answers the first message
 
 
@@ -30,6 +32,10 @@ class Traffic:
     up: int = 0
     down: int = 0
     faults: list[Fault] = field(default_factory=list)
+
+    def fault(self, client: int, reason: str) -> None:
+        """Notes a fault; the reason may come from a client, so it is cut to a length a ledger can hold."""
+        self.faults.append(Fault(client, reason if len(reason) <= LONGEST else reason[:LONGEST] + " ..."))
 
 
 @dataclass(eq=False)
@@ -50,7 +56,7 @@ class Exchange:
                 facts = {name: float(value) for name, value in content.metric_records["metrics"].items() if isinstance(value, int | float)}
                 yield unpack_update(payload, facts, client, out[client], self.codec)
             except (ValueError, KeyError) as fault:
-                traffic.faults.append(Fault(client, f"its reply cannot be read: {fault}"))
+                traffic.fault(client, f"its reply cannot be read: {fault}")
 
     def evaluate(self, round: int, out: Mapping[int, Broadcast], traffic: Traffic) -> Iterator[tuple[int, dict[str, float]]]:
         """The local metrics of the clients in `out`, in client order."""
@@ -61,41 +67,46 @@ class Exchange:
                     {name: float(value) for name, value in content.metric_records["metrics"].items() if isinstance(value, int | float)},
                 )
             except KeyError:
-                traffic.faults.append(Fault(client, "its reply holds no metrics"))
+                traffic.fault(client, "its reply holds no metrics")
 
     def _replies(self, kind: str, round: int, out: Mapping[int, Broadcast], traffic: Traffic) -> Iterator[tuple[int, RecordDict]]:
+        """Good replies in client order, each as soon as its turn comes: where replies come in order none waits in memory."""
         packer = Packer()
-        contents: dict[int, RecordDict] = {}
+        turns, ready = deque(sorted(out)), dict[int, RecordDict | None]()
         asked = sorted(out)
         for attempt in range(2):  # a client that lost what it held is sent the whole, once
             packed = {client: packer.pack(out[client], self._held.get(client, frozenset())) for client in asked}
             traffic.down += sum(len(one.payload) for one in packed.values())
-            again = []
-            for client, content in self._send(kind, round, packed, traffic).items():
-                traffic.up += _size(content)
-                facts: Mapping[str, object] = content.config_records.get("facts", {})
+            asked = []
+            for client, content in self._send(kind, round, packed, traffic):
+                facts: Mapping[str, object] = {} if content is None else content.config_records.get("facts", {})
+                traffic.up += 0 if content is None else _size(content)
                 if facts.get("resend") and attempt == 0:
                     self._held.pop(client, None)
-                    again.append(client)
-                elif facts.get("resend"):
-                    traffic.faults.append(Fault(client, "it asks again for a broadcast that was sent whole"))
-                else:
-                    contents[client] = content
+                    asked.append(client)
+                    continue
+                if facts.get("resend"):
+                    traffic.fault(client, "it asks again for a broadcast that was sent whole")
+                    content = None
+                if content is not None:
                     self._held[client] = packed[client].digests if facts.get("holds") else frozenset()
-            asked = again
-            if not asked:
-                break
-        for client in sorted(contents):
-            yield client, contents.pop(client)
+                ready[client] = content
+                while turns and turns[0] in ready:
+                    one = turns.popleft()
+                    if (answer := ready.pop(one)) is not None:
+                        yield one, answer
+            asked.sort()
 
-    def _send(self, kind: str, round: int, packed: Mapping[int, Packed], traffic: Traffic) -> dict[int, RecordDict]:
+    def _send(
+        self, kind: str, round: int, packed: Mapping[int, Packed], traffic: Traffic
+    ) -> Iterator[tuple[int, RecordDict | None]]:  # fmt: skip
         once: dict[int, RecordDict] = {}
         messages = []
         for client, one in packed.items():
             if id(one) not in once:
                 once[id(one)] = to_records(one.payload, {"round": round, "digest": one.digest})
             messages.append(Message(once[id(one)], self.nodes[client], kind, group_id=str(round)))
-        return dict(_gathered(self.grid, messages, self.nodes, self.deadline, traffic))
+        return _gathered(self.grid, messages, self.nodes, self.deadline, traffic)
 
 
 def connect(grid: Grid, codec: Codec, clients: int, *, deadline: float | None = None, patience: float = QUERY_SECONDS) -> Exchange:
@@ -112,6 +123,8 @@ def connect(grid: Grid, codec: Codec, clients: int, *, deadline: float | None = 
     traffic = Traffic()
     messages = [Message(RecordDict(), node, "query", group_id="query") for node in ids]
     for node, content in _gathered(grid, messages, {node: node for node in ids}, patience, traffic):
+        if content is None:
+            continue
         facts: Mapping[str, object] = content.config_records.get("facts", {})
         client = facts.get("client")
         if type(client) is not int:
@@ -135,21 +148,23 @@ def _size(content: RecordDict) -> int:
 
 def _gathered(
     grid: Grid, messages: list[Message], nodes: Mapping[int, int], timeout: float | None, traffic: Traffic
-) -> Iterable[tuple[int, RecordDict]]:
-    """(client, content) of every good reply; error replies and silence become faults. `nodes` maps clients to node ids."""
+) -> Iterator[tuple[int, RecordDict | None]]:  # fmt: skip
+    """(client, content) of every reply, None where it is an error or never comes: a fault. `nodes` maps clients to node ids."""
+    if not messages:
+        return
     clients = {node: client for client, node in nodes.items()}
     waiting = {message.metadata.dst_node_id for message in messages}
     sent: dict[str, int] = {}
     for reply in grid.send_and_receive(messages, timeout=timeout):
         sent = sent or {message.metadata.message_id: message.metadata.dst_node_id for message in messages}
-        node = sent.get(
-            reply.metadata.reply_to_message_id, reply.metadata.src_node_id
-        )  # a dead node's error comes from the server's own id
+        # By message, not by source: the error of a dead node comes from the server's own id.
+        node = sent.get(reply.metadata.reply_to_message_id, reply.metadata.src_node_id)
         if node not in waiting:
             continue
         waiting.discard(node)
         if reply.has_error():
-            traffic.faults.append(Fault(clients[node], reply.error.reason or f"error {reply.error.code}"))
-        else:
-            yield clients[node], reply.content
-    traffic.faults += [Fault(clients[node], f"no answer within {timeout:.0f} s" if timeout else "no answer") for node in sorted(waiting)]
+            traffic.fault(clients[node], reply.error.reason or f"error {reply.error.code}")
+        yield clients[node], None if reply.has_error() else reply.content
+    for node in sorted(waiting):
+        traffic.fault(clients[node], f"no answer within {timeout:.0f} s" if timeout else "no answer")
+        yield clients[node], None

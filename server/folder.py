@@ -6,12 +6,12 @@ import platform
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from fedpeft.config import Config, ConfigError, app_folder, load
+from fedpeft.config import Config, ConfigError, app_folder, load, shown
 from fedpeft.ledger import Ledger, write_text
 
 PACKAGES = ("fedpeft", "torch", "transformers", "peft", "flwr", "numpy", "hydra-core")
@@ -88,19 +88,6 @@ def reopen(path: Path) -> tuple[Folder, Config]:
             f"{path / 'config.yaml'} differs from what its overrides mean today; resume with the version of fedpeft that began the run"
         )
     return folder, config
-
-
-def shown(config: Config) -> str:
-    """The resolved config as YAML, for people; presets are named, their targets left out."""
-    from omegaconf import OmegaConf
-
-    plain = {name: _plain(value) for name, value in asdict(config).items()}
-    plain["run"] = {name: value for name, value in plain["run"].items() if name != "dir"}
-    return OmegaConf.to_yaml(OmegaConf.create(plain))
-
-
-def _plain(value: Any) -> Any:
-    return {key: _plain(item) for key, item in value.items() if key != "_target_"} if isinstance(value, Mapping) else value
 
 
 def _version(name: str) -> str | None:

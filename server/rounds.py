@@ -72,7 +72,7 @@ class _Taken:
             try:
                 good = checked(update, self._out[update.client], self._phase.shares, equal=self._equal)
             except ValueError as fault:
-                self._traffic.faults.append(Fault(update.client, str(fault)))
+                self._traffic.fault(update.client, str(fault))
                 continue
             self.count += 1
             self._loss += update.weight * update.metrics.get("loss", float("nan"))

@@ -57,8 +57,10 @@ class FedOpt:
         old = state.model.tensors
         change = {name: tensor - old[name] for name, tensor in mean(updates).items()}
         m = state.m | {name: self._m(state.m.get(name), d) for name, d in change.items()}
+        if self.optimizer == "momentum":
+            return State(Broadcast(old | {name: old[name] + self.lr * m[name] for name in change}), m)
         v = state.v | {name: self._v(state.v.get(name), d) for name, d in change.items()}
-        new = {name: old[name] + self._step(m[name], v[name]) for name in change}
+        new = {name: old[name] + self.lr * m[name] / (v[name].sqrt() + self.tau) for name in change}
         return State(Broadcast(old | new), m, v)
 
     def _m(self, m: torch.Tensor | None, d: torch.Tensor) -> torch.Tensor:
@@ -70,6 +72,3 @@ class FedOpt:
         if self.optimizer == "yogi":
             return before - (1 - self.beta2) * d.square() * (before - d.square()).sign()
         return self.beta2 * before + (1 - self.beta2) * d.square()
-
-    def _step(self, m: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return self.lr * m if self.optimizer == "momentum" else self.lr * m / (v.sqrt() + self.tau)

@@ -316,9 +316,17 @@ def test_all_kinds_of_fault_are_reported_at_once_each_in_its_line():
         assert sum(word in line for line in said) == 1, (word, said)
 
 
-@pytest.mark.parametrize("override", ["rounds=${nope}", "run.dir=${oc.env:FEDPEFT_NOPE}", "train={foo: 1}"])
-def test_what_hydra_cannot_resolve_is_a_config_error_that_names_it(override):
-    assert any(override in line for line in refused(override))
+def test_what_hydra_cannot_place_is_a_config_error_that_names_it():
+    assert any("train={foo: 1}" in line for line in refused("train={foo: 1}"))
+
+
+def test_a_value_that_stands_elsewhere_is_refused(monkeypatch):
+    """It would mean another thing on each machine; and a client reads the server's overrides, so `oc.env` would tell its secrets."""
+    monkeypatch.setenv("FEDPEFT_SECRET", "org/secret")
+    elsewhere = ["model.id=${oc.env:FEDPEFT_SECRET}", "rounds=${nope}", "train.lr=${train.batch}", "run.dir='a${oc.env:FEDPEFT_SECRET}'"]
+    said = refused("model=hf_encoder", *elsewhere)
+    assert len(said) == len(elsewhere)
+    assert all("needed is a plain value" in line and "org/secret" not in line for line in said)
 
 
 def test_what_hydra_cannot_read_is_told_to_be_quoted():
