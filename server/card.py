@@ -14,9 +14,12 @@ model = PeftModel.from_pretrained({cls}.from_pretrained({base!r}{labels}), "path
 OWN = """This adapter is not one of peft's: `adapter.safetensors` holds its tensors under fedpeft's names. Load it with the run's config:
 
 ```python
+from pathlib import Path
+
 from fedpeft import load, load_adapter, open_setting
 
-adapted = load_adapter("path/of/this/folder", open_setting(load({overrides!r})).adapted)
+adapted = open_setting(load({overrides!r})).adapted
+load_adapter(Path("path/of/this/folder"), adapted)
 ```"""
 CLASSES = {"text": "AutoModelForSequenceClassification", "image": "AutoModelForImageClassification", "language": "AutoModelForCausalLM"}
 

@@ -167,6 +167,16 @@ def test_data_with_one_class_is_refused(monkeypatch: pytest.MonkeyPatch, capsys:
     assert "two classes" in capsys.readouterr().err
 
 
+def test_a_column_that_is_not_there_is_named_with_those_that_are(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "train.csv").write_text("sentence,label\n" + "".join(f"word{i},{i % 2}\n" for i in range(40)))
+    assert call(monkeypatch, "run", "data=files", f"data.path={tmp_path}", "model=tiny_llama", "clients=4", "cohort=2") == 2
+    shown = capsys.readouterr().err
+    for words in ("data.text", "sentence", "label"):
+        assert words in shown
+
+
 def test_help_teaches_the_families_and_examples(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(monkeypatch, "run", "--help") == 0
     shown = capsys.readouterr().out

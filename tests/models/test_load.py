@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForImageClassification, BertConfig, BertModel, BertTokenizerFast
+from transformers import AutoModelForImageClassification, BertConfig, BertModel, BertTokenizerFast, GPT2Config, GPT2LMHeadModel
 
 from fedpeft.data.embedded import TurnedDigits
 from fedpeft.data.table import Dataset, Table
@@ -60,6 +60,22 @@ def test_a_pair_of_texts_carries_its_types(folder: Path) -> None:
     pairs = Dataset("text", Table((("a", "b c"), ("c", "a")), torch.tensor([0, 1]), None), TEXTS.test, ("x", "y"))
     examples = HuggingFace(id=str(folder), max_length=8).load(pairs, seed=0, device=CPU).encode(pairs.train)
     assert examples.batch(torch.tensor([0]))[0]["token_type_ids"].tolist() == [[0, 0, 0, 1, 1, 1]]
+
+
+def test_a_local_decoder_reads_language_and_classifies_with_a_fresh_head(folder: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(vocab_size=8, n_positions=16, n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path)
+    BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(tmp_path)
+    source = HuggingFace(id=str(tmp_path), max_length=8)
+    speech = Dataset("language", Table(("a b", "c"), torch.zeros(2).long(), None), TEXTS.test, ())
+    reader = source.load(speech, seed=0, device=CPU)
+    inputs, targets = reader.encode(speech.train).batch(torch.arange(2))
+    assert reader.module(**inputs).logits.shape == (2, 4, 8)
+    assert targets.tolist() == [[2, 5, 6, 3], [2, 7, 3, -100]]
+    assert reader.head == ()
+    judge = source.load(TEXTS, seed=0, device=CPU)
+    assert judge.module(**judge.encode(TEXTS.train).batch(torch.arange(3))[0]).logits.shape == (3, 3)
+    assert judge.head == ("score.weight",)
 
 
 def test_an_id_that_cannot_be_loaded_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
