@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,8 +87,3 @@ def device(name: str) -> torch.device:
     if found.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"run.device={name}: torch {torch.__version__} sees no GPU here; use run.device=cpu")
     return found
-
-
-def plain(spec: Any) -> Any:
-    """A preset without `_target_` lines, for people."""
-    return {k: plain(v) for k, v in spec.items() if k != "_target_"} if isinstance(spec, dict) else spec
