@@ -1,5 +1,6 @@
 """Exchange: one message per client over a `Grid`, and the replies in client order: updates, or faults with their reason."""
 
+import logging
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -114,8 +115,13 @@ def connect(grid: Grid, codec: Codec, clients: int, *, deadline: float | None = 
 
     Raises `ConfigError` if two nodes are the same client or a client is missing.
     """
-    until = time.monotonic() + patience
+    until, said = time.monotonic() + patience, -1
     while len(ids := sorted(grid.get_node_ids())) < clients:
+        if len(ids) != said:
+            logging.getLogger("fedpeft").warning(
+                "%d of %d nodes are connected; waiting up to %.0f s for the others", len(ids), clients, patience
+            )
+            said = len(ids)
         if time.monotonic() > until:
             raise ConfigError(f"{len(ids)} nodes are connected, clients={clients} are needed; start more nodes or lower clients")
         time.sleep(0.5)
