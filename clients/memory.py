@@ -38,8 +38,17 @@ class Memory:
     replies: bool = True
 
     def recall(self, client: int, adapter: str, round: int) -> Tensors:
-        """What `client` keeps for `adapter` as of before `round`: memory belongs to one adapter, another's B is another thing."""
-        before = [version for version in self._versions(client) if version.round < round]
+        """What `client` keeps for `adapter` as of before `round`: memory belongs to one adapter, another's B is another thing.
+
+        Raises `OSError` if that is forgotten, because the server went back by more than a round.
+        """
+        versions = self._versions(client)
+        before = [version for version in versions if version.round < round]
+        if versions and not before and versions[0].follows is not None:
+            raise OSError(
+                f"client {client} keeps rounds {versions[0].round} and later, what it kept before round {round} is forgotten; "
+                "resume from a later checkpoint"
+            )
         return before[-1].kept(adapter) if before else {}
 
     def answered(self, client: int, round: int, digest: str) -> Reply | None:
@@ -59,7 +68,8 @@ class Memory:
         carried = {name: tensor for name, tensor in carried.items() if not name.startswith(f"{adapter}/")}
         tensors = carried | {f"{adapter}/{name}": tensor for name, tensor in kept.items()}
         tensors["reply"] = torch.frombuffer(bytearray(reply.payload.data or b"\0"), dtype=torch.uint8)
-        facts = {"header": reply.payload.header, "size": len(reply.payload.data), "facts": dict(reply.facts)}
+        follows = before[-1].round if before else None
+        facts = {"header": reply.payload.header, "size": len(reply.payload.data), "facts": dict(reply.facts), "follows": follows}
         place = self.folder / f"{client:06d}"
         place.mkdir(parents=True, exist_ok=True)
         made = place / f"{round:06d}-{digest}.safetensors"
@@ -83,6 +93,12 @@ class _Version:
     @property
     def digest(self) -> str:
         return self.path.stem.partition("-")[2]
+
+    @property
+    def follows(self) -> int | None:
+        """The round of the version before this one, forgotten or not; None if this is the first."""
+        found: int | None = self._read()[1]["follows"]
+        return found
 
     def all_kept(self) -> Tensors:
         return {name: tensor for name, tensor in self._read()[0].items() if name != "reply"}

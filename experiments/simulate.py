@@ -42,6 +42,7 @@ def simulate(overrides: Sequence[str], *, resume: Path | None = None, watch: Wat
     setting = open_setting(config)
     if folder is None:
         folder = create(Path(config.run.dir) if config.run.dir else _unused(config.choices["strategy"]), config, overrides)
+    if not (folder.path / "split.json").exists():
         folder.write("split.json", _split(setting))
     main = _drive("run", config, setting, folder, watch)
     head_only = None

@@ -12,7 +12,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedpeft import checkpoint
 from fedpeft.checkpoint import Checkpoint
-from fedpeft.config import Config, build, load
+from fedpeft.config import Config, ConfigError, build, load
 from fedpeft.ledger import write_text
 from fedpeft.lowrank import LowRank
 from fedpeft.messages import Broadcast
@@ -83,6 +83,10 @@ def _start(config: Config, setting: Setting, strategy: Strategy[Any], folder: Fo
     """(first round, state, totals): of the newest checkpoint, or of a run's beginning."""
     state = strategy.init(setting.adapted.read())
     if saved := checkpoint.found(folder.checkpoints):
+        if (then := folder.manifest().get("fingerprint")) != setting.base.fingerprint:
+            raise ConfigError(
+                f"this run began on a base model with fingerprint {then}, here it is {setting.base.fingerprint}; give it the same weights"
+            )
         known = checkpoint.classes_in(state) | {Broadcast, LowRank}
         try:
             back = checkpoint.read(saved[-1], known)

@@ -147,6 +147,14 @@ def test_a_server_that_goes_back_two_rounds_finds_both_replies(memory):
     assert [memory.answered(0, round, f"d{round}").payload for round in range(2)] == [reply(0).payload, reply(1).payload]
 
 
+def test_a_server_that_goes_back_further_than_memory_reaches_is_told_so(memory):
+    for round in (1, 3, 5):
+        memory.store(7, "main", round, f"d{round}", kept(round), reply())
+    assert same(memory.recall(7, "main", 4), kept(3))
+    with pytest.raises(OSError, match=r"client 7 keeps rounds 3 and later, what it kept before round 2 is forgotten"):
+        memory.recall(7, "main", 2)
+
+
 def test_a_run_that_begins_anew_in_the_same_place_forgets_what_was_after(memory):
     for round in (3, 4):
         memory.store(0, "main", round, f"d{round}", kept(float(round)), reply(round))
