@@ -1,12 +1,15 @@
-"""What all tests share: one cache of tiny models, so that each is pre-trained once."""
+"""What all tests share: one cache of tiny models, so that each is pre-trained once, and examples that repeat."""
 
 import os
-from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"  # real data sets; tests that need them are skipped where they are not
+# The same examples in every run: a test that fails, fails again. HYPOTHESIS_PROFILE=explore draws new ones.
+settings.register_profile("repeatable", derandomize=True, database=None, deadline=None)
+settings.register_profile("explore", max_examples=1000, deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 
 @pytest.fixture(scope="session", autouse=True)
