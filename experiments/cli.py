@@ -2,6 +2,7 @@
 
 import json
 import sys
+import textwrap
 import time
 import warnings
 from pathlib import Path
@@ -14,32 +15,41 @@ from rich.console import Console
 from fedpeft.checkpoint import FREE
 from fedpeft.config import FAMILIES, ConfigError, app_folder, presets_of
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+CONF = app_folder() / "experiments" / "conf"
 
 
 def _presets() -> str:
-    place = app_folder() / "experiments" / "conf"
-    return "\n\n".join(f"  [bold]{family}=[/bold] {' '.join(presets_of(family, place))}" for family in FAMILIES)
+    return "\n\n".join(f"\b\n  {family}=\n{_wrapped(presets_of(family, CONF))}" for family in FAMILIES)
 
 
+def _wrapped(names: list[str]) -> str:
+    return textwrap.fill(" ".join(names), width=76, initial_indent="      ", subsequent_indent="      ")
+
+
+def _numbers() -> str:
+    """The part of the config that is not presets, with its comments, as it stands in the file."""
+    text = (CONF / "config.yaml").read_text()
+    return "\b\n" + textwrap.indent(text[text.index("rounds:") :].replace("\n\n", "\n"), "  ")
+
+
+# A line with \b alone keeps the lines after it as they are.
 RUN_HELP = f"""Federate an adapter: simulate all clients on this machine.
 
-[bold]OVERRIDES[/bold] are key=value. Presets, by family:
+OVERRIDES are key=value. A family takes the name of a preset; a preset's own fields are set inside it (model.id= data.path=
+data.partition.alpha= adapter.rank= codec.dtype= strategy.mu= mean.trim=). Presets:
 
 {_presets()}
 
-Numbers: rounds clients cohort seed min_clients train.steps train.epochs train.batch train.lr train.head_lr train.optimizer train.clip
-evaluate.every evaluate.head_only run.dir run.device run.threads, and the fields of each preset: model.id data.path data.partition.alpha
-data.min_examples adapter.rank codec.dtype strategy.mu mean.trim ...
+Everything else, with its usual value (train.lr=0.01 sets one inside):
 
+{_numbers()}
+
+\b
 Examples:
-
   fedpeft run
-
   fedpeft run strategy=ffa rounds=20 adapter.rank=4
-
-  fedpeft run model=minilm data=banking77 data.path=FOLDER clients=10 cohort=10 train.batch=32
-
+  fedpeft run model=minilm data=banking77 data.path=FOLDER clients=10 cohort=10
   fedpeft run --resume runs/2026-01-31-120000-fedavg
 """
 
