@@ -65,16 +65,14 @@ class Site:
         """How the client's own model (the broadcast under what it keeps) does on a test set that resembles its data."""
         facts = content.config_records["facts"]
         round = _whole(facts["round"])
-        broadcast = self._open(client, content)
-        if broadcast is None:
-            return to_records(Payload("[]", b""), {"resend": True})
+        broadcast = unpack_broadcast(from_records(content), {}, {})
         kept = self.memory.recall(client, self.strategy.phase(round).adapter, round)
         weights = self.setting.resembling(client) if self.setting.dataset.task != "language" else None
         found = evaluate(
             self.setting.adapted, broadcast, kept, self.setting.test, weights=weights, batch=self.setting.config.evaluate.batch
         )
         metrics = {"loss": found.loss, "accuracy": found.accuracy, "weight": float(len(self.setting.split.clients[client]))}
-        return to_records(Payload("[]", b""), {"client": client, "holds": self.holds}, metrics)
+        return to_records(Payload("[]", b""), {"client": client}, metrics)
 
     def _open(self, client: int, content: RecordDict) -> Broadcast | None:
         """The broadcast of a message; None if it leaves out what is not held here any more."""
@@ -103,7 +101,7 @@ class Site:
 def serve(site: Site, clients: Mapping[int, int]) -> Callable[[Sequence[Message]], Iterator[Message]]:
     """Answers messages in this process, one at a time; `clients` maps node ids to client indices.
 
-    An exception in one client becomes an error reply, as Flower makes it.
+    An exception in one client becomes an error reply, as Flower makes it; `OSError` ends the run.
     """
 
     def answers(messages: Sequence[Message]) -> Iterator[Message]:
@@ -111,6 +109,8 @@ def serve(site: Site, clients: Mapping[int, int]) -> Callable[[Sequence[Message]
             client = clients[message.metadata.dst_node_id]
             try:
                 yield Message(site.answer(client, message.metadata.message_type, message.content), reply_to=message)
+            except OSError:  # in simulation the clients' disk is ours: a memory that cannot be kept would change the result
+                raise
             except Exception as fault:  # whatever happens in a client is that client's fault alone
                 yield Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, str(fault) or repr(fault)), reply_to=message)
 

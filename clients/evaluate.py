@@ -11,6 +11,6 @@ from fedpeft.tensors import Tensors
 
 def evaluate(adapted: Adapted, broadcast: Broadcast, memory: Tensors, examples: Examples, *, weights: Tensor | None, batch: int) -> Score:
     """The score of the broadcast with what this client keeps laid over it."""
-    adapted.write(broadcast.tensors | memory)
+    adapted.fill(broadcast.tensors | memory)
     with adapted.shifted(broadcast.base_delta):
         return score(adapted.logits, adapted.base.task, examples, weights=weights, batch=batch)

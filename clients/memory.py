@@ -116,4 +116,7 @@ class _Version:
             tensors, text = unseal(self.path)
             return tensors, json.loads(text)
         except ValueError as fault:
-            raise OSError(f"this client's memory cannot be read: {fault}; delete the file to go on from the version before") from fault
+            raise OSError(
+                f"this client's memory cannot be read: {fault}; "
+                "delete the file to go on from the version before, which gives another result"
+            ) from fault

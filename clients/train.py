@@ -29,7 +29,7 @@ def train(
     """
     began = time.perf_counter()
     start = broadcast.tensors | memory
-    adapted.write(start)
+    adapted.fill(start)
     moving = adapted.select(phase.trains)
     with adapted.shifted(broadcast.base_delta):
         if phase.work == "gradient":

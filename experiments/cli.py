@@ -1,5 +1,6 @@
 """The command line: where config, server and clients meet."""
 
+import errno
 import json
 import sys
 import textwrap
@@ -127,15 +128,14 @@ def main() -> None:
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)  # typer gives the code of an Exit back, and 130 for Ctrl-C
+        if code == 130:
+            _say("stopped; continue with `fedpeft run --resume` and the run's folder", 130)
+        sys.exit(code or 0)
     except ConfigError as fault:
         _say(str(fault), 2)
     except (RoundFailed, OSError) as fault:
         _say(_taught(fault), 1)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
-    except KeyboardInterrupt:
-        _say("stopped; continue with `fedpeft run --resume` and the run's folder", 130)
     except click.ClickException as fault:
         _say(f"{fault.format_message()} `fedpeft --help` lists commands and options.", 2)
 
@@ -143,7 +143,8 @@ def main() -> None:
 def _taught(fault: Exception) -> str:
     if isinstance(fault, OSError) and fault.errno is not None:
         where = f" at {fault.filename}" if fault.filename else ""
-        return f"writing or reading failed{where}: {fault.strerror}. {FREE}"
+        full = f" {FREE}" if fault.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else ""
+        return f"writing or reading failed{where}: {fault.strerror}.{full}"
     return str(fault)
 
 

@@ -78,7 +78,8 @@ def _device() -> str:
 
 def _memory() -> int:
     """Bytes that can be taken without swapping, the container's limit included."""
-    free = int(os.sysconf("SC_AVPHYS_PAGES")) * int(os.sysconf("SC_PAGE_SIZE"))
+    pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"  # macOS tells only the total
+    free = int(os.sysconf(pages)) * int(os.sysconf("SC_PAGE_SIZE"))
     info = Path("/proc/meminfo")
     if info.exists():
         free = next((int(line.split()[1]) * 1024 for line in info.read_text().splitlines() if line.startswith("MemAvailable:")), free)

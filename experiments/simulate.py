@@ -39,6 +39,10 @@ def simulate(overrides: Sequence[str], *, resume: Path | None = None, watch: Wat
     else:
         config = load(overrides)
         folder = None
+    if config.deadline is not None:
+        raise ConfigError(
+            f"deadline={config.deadline}: a simulation has no network to wait for, and clients' turns are not time; leave it null"
+        )
     setting = open_setting(config)
     if folder is None:
         folder = create(Path(config.run.dir) if config.run.dir else _unused(config.choices["strategy"]), config, overrides)

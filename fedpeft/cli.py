@@ -12,6 +12,7 @@ def main() -> None:
     # Before torch loads: spinning threads on a busy machine are ten times slower, and tokenizers must not fork theirs.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic algorithms on a GPU need
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     if str(app_folder()) not in sys.path:
         sys.path.insert(0, str(app_folder()))

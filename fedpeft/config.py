@@ -44,7 +44,7 @@ class Evaluation:
 
     every: int = 5  # rounds between two evaluations; the last round is always evaluated
     batch: int = 128  # examples a forward pass
-    head_only: bool = True  # also run the federated head-only baseline first
+    head_only: bool = True  # also run the federated head-only baseline
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,8 @@ def checked(update: Update, sent: Broadcast, shares: Names, *, equal: bool) -> U
             f"client {update.client} sent other tensors than this round shares: missing {_few(want - got)}, unasked {_few(got - want)}; "
             "do server and client run the same strategy, adapter and model?"
         )
+    if odd := {name for name in update.tensors if is_own(name) and name not in sent.tensors}:
+        raise ValueError(f"client {update.client} sent {_few(odd)}, which no strategy sent it")
     if not 0 < update.weight <= MOST_EXAMPLES:
         raise ValueError(f"client {update.client} sent weight {update.weight}; needed is a number of examples, more than 0")
     for name, tensor in update.tensors.items():

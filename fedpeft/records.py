@@ -123,6 +123,8 @@ def from_records(records: RecordDict) -> Payload:
 
 
 def _flat(broadcast: Broadcast) -> Tensors:
+    if any(name.startswith(BASE) for name in broadcast.tensors):
+        raise ValueError(f"a tensor's name begins with {BASE}, which is kept for products added to the base")
     extra: Tensors = {}
     for index, chunk in enumerate(broadcast.base_delta):
         for target, product in chunk.items():

@@ -1,7 +1,10 @@
 """Setting: what server and clients build alike from the same config: data, base model, adapter, and who owns which example."""
 
+import hashlib
+import re
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,8 +12,8 @@ from torch import Tensor
 from fedpeft.adapters.base import Adapted, Adapter
 from fedpeft.config import Config, ConfigError, build
 from fedpeft.data.partition import Split, partition
-from fedpeft.data.table import Dataset
-from fedpeft.models.base import Base, Examples
+from fedpeft.data.table import Dataset, Source
+from fedpeft.models.base import Base, Examples, ModelSource
 
 
 @dataclass(eq=False)
@@ -45,6 +48,17 @@ class Setting:
             **data["partition"],
         )
 
+    @cached_property
+    def data_digest(self) -> str:
+        """Digest of the examples and of who owns which."""
+        made = hashlib.blake2b(digest_size=12)
+        for table in (self.dataset.train, self.dataset.test):
+            made.update(table.inputs.numpy().tobytes() if isinstance(table.inputs, Tensor) else repr(table.inputs).encode())
+            made.update(table.labels.numpy().tobytes())
+        for rows in self.split.clients:
+            made.update(rows.numpy().tobytes() + b"/")
+        return made.hexdigest()
+
     def resembling(self, client: int) -> Tensor:
         """(test examples,) weights that give the test set the label proportions of `client`: how its own model is judged."""
         classes = max(len(self.dataset.classes), 1)
@@ -57,17 +71,31 @@ def open_setting(config: Config, *, base: Base | None = None) -> Setting:
     """Reads the data, loads the model and attaches the adapter. Raises `ConfigError` for what the config asks and the data cannot give."""
     try:
         torch.set_num_threads(config.run.threads)
-        dataset: Dataset = build(config.data, leaves_out=("partition", "min_examples")).read(config.seed)
+        source, model = _built(config)
+        dataset: Dataset = source.read(config.seed)
         if base is None:
-            base = build(config.model).load(dataset, seed=config.seed, device=device(config.run.device))
-        assert base is not None
+            base = model.load(dataset, seed=config.seed, device=device(config.run.device))
+        _ = base.fingerprint  # of the bare base, before any adapter's tensors lie in it
         made = Setting(config, dataset, base, attach(config, base))
         _ = made.split
-        build(config.codec), build(config.mean)
         build(config.strategy).init(made.adapted.read())  # a strategy that cannot use this adapter says so before anything is written
         return made
-    except (ValueError, FileNotFoundError) as fault:
+    except (ValueError, FileNotFoundError, ImportError) as fault:
         raise ConfigError(str(fault)) from fault
+
+
+def _built(config: Config) -> tuple[Source, ModelSource]:
+    """The data and model sources; a preset of any family that refuses its fields is reported together with all others."""
+    faults: list[str] = []
+    made: dict[str, Any] = {}
+    for family in ("data", "model", "adapter", "strategy", "codec", "mean"):
+        try:
+            made[family] = build(getattr(config, family), leaves_out=("partition", "min_examples"))
+        except ConfigError as fault:
+            faults.append(f"{family}={config.choices[family]}: {fault}")
+    if faults:
+        raise ConfigError("\n".join(faults))
+    return made["data"], made["model"]
 
 
 def attach(config: Config, base: Base) -> Adapted:
@@ -79,11 +107,14 @@ def attach(config: Config, base: Base) -> Adapted:
 def device(name: str) -> torch.device:
     """The device of `run.device`; auto takes the first GPU if there is one."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        found = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"run.device={name}: needed is auto, cpu, cuda or cuda:N") from None
-    if found.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"run.device={name}: torch {torch.__version__} sees no GPU here; use run.device=cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ConfigError(f"run.device={name}: needed is auto, cpu, cuda or cuda:N")
+    found = torch.device(name)
+    if found.type == "cuda":
+        if (found.index or 0) >= torch.cuda.device_count():
+            raise ConfigError(
+                f"run.device={name}: torch {torch.__version__} sees {torch.cuda.device_count()} GPUs here; use run.device=cpu"
+            )
+        torch.use_deterministic_algorithms(True, warn_only=True)  # the same bytes again, where torch has a way to give them
     return found

@@ -12,7 +12,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedpeft import checkpoint
 from fedpeft.checkpoint import Checkpoint
-from fedpeft.config import Config, ConfigError, build, load
+from fedpeft.config import Config, ConfigError, build, load, shown
 from fedpeft.ledger import write_text
 from fedpeft.lowrank import LowRank
 from fedpeft.messages import Broadcast
@@ -21,7 +21,7 @@ from fedpeft.strategy import Strategy
 from server.card import card
 from server.evaluate import Measured, central, is_personal, personal
 from server.exchange import Exchange, Traffic, connect
-from server.folder import Folder, create
+from server.folder import Folder, create, reopen, versions
 from server.rounds import Round, run
 from server.sampling import fixed
 
@@ -70,6 +70,7 @@ def federate(config: Config, setting: Setting, grid: Grid, folder: Folder) -> Ge
         checkpoint.save(Checkpoint(done.round + 1, state, totals), folder.checkpoints, keep=config.run.keep)
         yield entry
     last = strategy.broadcast(state, config.rounds, None)
+    assert not last.base_delta, "no strategy has a base_delta yet; the first one that does must fold it into what is exported"
     setting.adapted.export(last.tensors, folder.adapter)
     text = card(config, setting, folder.adapter, zero_shot=totals["zero_shot"], final=totals["accuracy"], measure=totals["measure"])
     write_text(folder.adapter / "README.md", text)
@@ -83,20 +84,25 @@ def _start(config: Config, setting: Setting, strategy: Strategy[Any], folder: Fo
     """(first round, state, totals): of the newest checkpoint, or of a run's beginning."""
     state = strategy.init(setting.adapted.read())
     if saved := checkpoint.found(folder.checkpoints):
-        if (then := folder.manifest().get("fingerprint")) != setting.base.fingerprint:
-            raise ConfigError(
-                f"this run began on a base model with fingerprint {then}, here it is {setting.base.fingerprint}; give it the same weights"
-            )
+        _check_same(folder.manifest(), setting)
         known = checkpoint.classes_in(state) | {Broadcast, LowRank}
         try:
             back = checkpoint.read(saved[-1], known)
         except ValueError as fault:
             raise OSError(str(fault)) from fault
         return back.round, back.state, dict(back.facts)
-    folder.note({"fingerprint": setting.base.fingerprint})
+    folder.note({"fingerprint": setting.base.fingerprint, "data": setting.data_digest})
     before = central(setting, strategy.broadcast(state, 0, None))
     totals = {"up": 0, "down": 0, "seconds": 0.0, "zero_shot": before.accuracy, "accuracy": before.accuracy, "loss": before.loss}
     return 0, state, totals | {"measure": before.of}
+
+
+def _check_same(manifest: Mapping[str, Any], setting: Setting) -> None:
+    """Raises `ConfigError` if a run is to go on with another base model, other data, or libraries that may give other bits."""
+    here = {"fingerprint": setting.base.fingerprint, "data": setting.data_digest} | {"versions": versions()}
+    for what, now in here.items():
+        if (then := manifest.get(what)) != now:
+            raise ConfigError(f"this run began with {what} {then}, here it is {now}; resume where both are the same, or begin another run")
 
 
 def _evaluated(
@@ -140,7 +146,14 @@ def main(grid: Grid, context: Context) -> None:
     overrides = shlex.split(str(context.run_config["overrides"]))
     config = load(overrides)
     place = Path(config.run.dir or f"runs/flower-{context.run_id}")
-    folder = Folder(place) if (place / "manifest.json").exists() else create(place, config, overrides)
+    if (place / "manifest.json").exists():
+        folder, begun = reopen(place)
+        if shown(begun) != shown(config):
+            raise ConfigError(
+                f"run.dir={place} holds a run with another config; choose another run.dir, or give the same overrides to go on with it"
+            )
+    else:
+        folder = create(place, config, overrides)
     steps = federate(config, open_setting(config), grid, folder)
     while True:
         try:

@@ -28,7 +28,7 @@ def is_personal(strategy: Strategy[Any], state: Any, round: int) -> bool:
 
 def central(setting: Setting, broadcast: Broadcast) -> Measured:
     """The model of `broadcast` on the test set."""
-    setting.adapted.write(broadcast.tensors)
+    setting.adapted.fill(broadcast.tensors)
     with setting.adapted.shifted(broadcast.base_delta):
         found = score(setting.adapted.logits, setting.base.task, setting.test, batch=setting.config.evaluate.batch)
     return Measured(found.loss, found.accuracy, "global")

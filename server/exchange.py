@@ -1,6 +1,7 @@
 """Exchange: one message per client over a `Grid`, and the replies in client order: updates, or faults with their reason."""
 
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -11,7 +12,7 @@ from flwr.serverapp import Grid
 
 from fedpeft.codecs.base import Codec
 from fedpeft.config import ConfigError
-from fedpeft.messages import Broadcast, Update
+from fedpeft.messages import MOST_EXAMPLES, Broadcast, Update
 from fedpeft.records import Packed, Packer, from_records, to_records, unpack_update
 
 LONGEST = 600  # letters of a fault's reason
@@ -62,13 +63,12 @@ class Exchange:
     def evaluate(self, round: int, out: Mapping[int, Broadcast], traffic: Traffic) -> Iterator[tuple[int, dict[str, float]]]:
         """The local metrics of the clients in `out`, in client order."""
         for client, content in self._replies("evaluate", round, out, traffic):
-            try:
-                yield (
-                    client,
-                    {name: float(value) for name, value in content.metric_records["metrics"].items() if isinstance(value, int | float)},
-                )
-            except KeyError:
-                traffic.fault(client, "its reply holds no metrics")
+            metrics = {name: float(value) for name, value in _metrics(content).items() if isinstance(value, int | float)}
+            loss, accuracy, weight = (metrics.get(name, math.nan) for name in ("loss", "accuracy", "weight"))
+            if math.isfinite(loss) and 0 <= accuracy <= 1 and 0 < weight <= MOST_EXAMPLES:
+                yield client, metrics
+            else:
+                traffic.fault(client, f"its metrics cannot be: loss {loss}, accuracy {accuracy}, weight {weight}")
 
     def _replies(self, kind: str, round: int, out: Mapping[int, Broadcast], traffic: Traffic) -> Iterator[tuple[int, RecordDict]]:
         """Good replies in client order, each as soon as its turn comes: where replies come in order none waits in memory."""
@@ -76,7 +76,8 @@ class Exchange:
         turns, ready = deque(sorted(out)), dict[int, RecordDict | None]()
         asked = sorted(out)
         for attempt in range(2):  # a client that lost what it held is sent the whole, once
-            packed = {client: packer.pack(out[client], self._held.get(client, frozenset())) for client in asked}
+            held = self._held if kind == "train" else {}  # an evaluation is counted apart: it neither saves nor costs training a byte
+            packed = {client: packer.pack(out[client], held.get(client, frozenset())) for client in asked}
             traffic.down += sum(len(one.payload) for one in packed.values())
             asked = []
             for client, content in self._send(kind, round, packed, traffic):
@@ -89,7 +90,7 @@ class Exchange:
                 if facts.get("resend"):
                     traffic.fault(client, "it asks again for a broadcast that was sent whole")
                     content = None
-                if content is not None:
+                if content is not None and kind == "train":
                     self._held[client] = packed[client].digests if facts.get("holds") else frozenset()
                 ready[client] = content
                 while turns and turns[0] in ready:
@@ -142,6 +143,10 @@ def connect(grid: Grid, codec: Codec, clients: int, *, deadline: float | None = 
         why = f" (first fault: {traffic.faults[0].reason})" if traffic.faults else ""
         raise ConfigError(f"client {missing[0]} and {len(missing) - 1} more did not answer the first message{why}")
     return Exchange(grid, codec, {client: nodes[client] for client in range(clients)}, deadline)
+
+
+def _metrics(content: RecordDict) -> Mapping[str, object]:
+    return content.metric_records.get("metrics", {})
 
 
 def _size(content: RecordDict) -> int:

@@ -68,7 +68,7 @@ def create(path: Path, config: Config, overrides: Sequence[str]) -> Folder:
             "overrides": list(overrides),
             "seed": config.seed,
             "choices": dict(config.choices),
-            "versions": {name: _version(name) for name in PACKAGES},
+            "versions": versions(),
             "python": platform.python_version(),
             "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
             "commit": _commit(),
@@ -88,6 +88,11 @@ def reopen(path: Path) -> tuple[Folder, Config]:
             f"{path / 'config.yaml'} differs from what its overrides mean today; resume with the version of fedpeft that began the run"
         )
     return folder, config
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of the packages that may change a result."""
+    return {name: _version(name) for name in PACKAGES}
 
 
 def _version(name: str) -> str | None:

@@ -36,7 +36,8 @@ def run(
     strategy: Strategy[S], state: S, exchange: Exchange, draw: Callable[[int, int], Cohort], mean: Mean, *,
     first: int, rounds: int, min_clients: int = 1,
 ) -> Iterator[Round[S]]:  # fmt: skip
-    """Rounds `first` to `rounds` - 1, one at a time. A round that fewer than `min_clients` answer leaves no trace and is drawn again."""
+    """Rounds `first` to `rounds` - 1, one at a time. A round that fewer than `min_clients` answer
+    leaves no trace at the server and is drawn again (clients that did answer may have moved what they keep)."""
     for round in range(first, rounds):
         began, traffic = time.perf_counter(), Traffic()
         for attempt in range(ATTEMPTS):

@@ -35,10 +35,16 @@ def test_only_what_the_phase_shares_is_asked_for():
 
 
 def test_a_tensor_of_the_strategy_may_come_and_need_not():
-    own = GOOD | {"control/q.A": torch.ones(2, 3), "sketch/q": torch.ones(7)}
+    own = GOOD | {"control/q.A": torch.ones(2, 3)}
     assert checked(update(own), SENT, everything, equal=True)
-    assert "unasked sketch/q" in refused(own, shares=lambda name: name != "sketch/q")
+    assert checked(update(GOOD), SENT, everything, equal=True)
+    assert "unasked control/q.A" in refused(own, shares=lambda name: name != "control/q.A")
     assert "unasked control/q.A" in refused({n: t for n, t in own.items() if not_a(n) or "/" in n}, shares=not_a)
+
+
+def test_a_tensor_that_no_strategy_sent_is_refused_so_that_no_client_adds_to_the_base():
+    for name in ("sketch/q", "base_delta/00000/q.A"):
+        assert f"sent {name}, which no strategy sent it" in refused(GOOD | {name: torch.ones(7)})
 
 
 def test_a_tensor_of_the_strategy_that_was_sent_has_the_shape_it_was_sent_in():

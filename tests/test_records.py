@@ -303,3 +303,8 @@ def test_the_length_of_a_payload_counts_header_and_data():
     assert len(Payload('["é"]', b"123")) == 6 + 3
     packed = Packer().pack(Broadcast({"q.A": torch.zeros(2, 3)}))
     assert len(packed.payload) == len(packed.payload.header) + 24
+
+
+def test_no_tensor_may_pass_for_a_product_added_to_the_base():
+    with pytest.raises(ValueError, match="base_delta/"):
+        Packer().pack(Broadcast({"base_delta/00000/q.A": torch.ones(2, 3)}))

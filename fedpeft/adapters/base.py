@@ -46,6 +46,14 @@ class Adapted:
         scale = self.scales.get(name, 1.0)
         return self.parameters[name] if scale == 1.0 else self.parameters[name] * scale
 
+    def fill(self, tensors: Tensors) -> None:
+        """`write`, for tensors that must be all there are: what is missing would be left over from the client before."""
+        if missing := sorted(self.parameters.keys() - tensors.keys()):
+            raise ValueError(
+                f"{missing[0]} and {len(missing) - 1} more were neither sent nor kept; do server and client use the same adapter=?"
+            )
+        self.write(tensors)
+
     @torch.no_grad()
     def write(self, tensors: Tensors) -> None:
         """Copies boundary values into the live parameters; names with a slash belong to a strategy and are skipped.

@@ -7,6 +7,8 @@ BitFit: Ben Zaken et al., ACL 2022, https://arxiv.org/abs/2106.10199. FedPEFT ca
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 from fedpeft.adapters.base import Adapted, head_parameters, restore, save_own, undoing
 from fedpeft.models.base import Base
 
@@ -25,6 +27,10 @@ class InPlace:
             for name, parameter in base.module.named_parameters()
             if name not in base.head and self._takes(name) and parameter.is_floating_point()
         }
+        if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in chosen.values()):
+            raise ValueError(
+                f"adapter={self.trains} trains the base's own tensors, half precision would lose its steps; set model.dtype=fp32"
+            )
         start = {name: parameter.detach().clone() for name, parameter in chosen.items()}
         if not chosen and (self.trains != "head" or not base.head):
             raise ValueError(

@@ -68,6 +68,7 @@ def load(
     fresh = {name if isinstance(name, str) else name[0] for key in ("missing_keys", "mismatched_keys") for name in facts[key]}
     names = [name for name, _ in module.named_parameters()]
     head = () if dataset.task == "language" else tuple(n for n in names if n in fresh or n.split(".")[0] in HEADS)
+    _keep_head_precise(module, head)
     return Base(module.to(device), dataset.task, head, encode, where, device)
 
 
@@ -82,15 +83,21 @@ def encoder(task: Task, where: str, module: Any, max_length: int, revision: str 
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     module.config.pad_token_id = tokenizer.pad_token_id
+    most = getattr(module.config, "max_position_embeddings", None) or max_length
+    if max_length > most:
+        raise ValueError(f"model.max_length={max_length} is more than the {most} positions of {where}; lower it")
+    typed = getattr(module.config, "type_vocab_size", 0) > 1  # a GPT-2 would add word embeddings for the types
+    joined = not typed and not tokenizer.num_special_tokens_to_add(pair=True)  # a decoder's tokenizer puts nothing between two texts
 
     def encode(table: Table) -> Tokens:
         if isinstance(table.inputs, torch.Tensor):
             raise ValueError(f"the data are images, {where} reads text; choose model=tiny_vit or an image model by model.id=")
         pairs = bool(table.inputs) and isinstance(table.inputs[0], tuple)
-        texts = [list(part) for part in zip(*table.inputs, strict=True)] if pairs else [list(table.inputs)]
-        made = tokenizer(*texts, truncation=True, max_length=max_length, return_token_type_ids=pairs, return_attention_mask=False)
+        inputs: list[Any] = [tokenizer.eos_token.join(pair) for pair in table.inputs] if pairs and joined else list(table.inputs)
+        texts = [list(part) for part in zip(*inputs, strict=True)] if pairs and not joined else [inputs]
+        made = tokenizer(*texts, truncation=True, max_length=max_length, return_token_type_ids=pairs and typed, return_attention_mask=False)
         rows = made["input_ids"]
-        types = [t for row in made["token_type_ids"] for t in row] if pairs and "token_type_ids" in made else None
+        types = [t for row in made["token_type_ids"] for t in row] if pairs and typed else None
         return tokens(rows, table.labels, tokenizer.pad_token_id, types, predicts=task == "language")
 
     return encode
@@ -122,6 +129,14 @@ def quiet() -> Iterator[None]:
     finally:
         logging.set_verbosity(level)
         logging.enable_progress_bar()
+
+
+def _keep_head_precise(module: Any, head: tuple[str, ...]) -> None:
+    """The head is trained, so it stays in float32 under a base in half precision, which would lose the steps of training."""
+    for path in {name.rpartition(".")[0] for name in head}:
+        inner = module.get_submodule(path)
+        if inner.weight.dtype in (torch.float16, torch.bfloat16):
+            inner.float().register_forward_pre_hook(lambda _, inputs: tuple(x.float() for x in inputs))
 
 
 def _processed(processor: Any, table: Table) -> torch.Tensor:

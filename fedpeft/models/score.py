@@ -52,6 +52,8 @@ def score(logits: Logits, task: Task, examples: Examples, *, weights: Tensor | N
         raise ValueError("there are no test examples; give the data a test file or data.test_share=0.2")
     loss, right, total = 0.0, 0.0, 0.0
     weights = torch.ones(len(examples)) if weights is None else weights
+    if not weights.any():
+        raise ValueError("no test example has a label that this client holds; give the data more test rows")
     for rows in in_batches(examples, weights.nonzero()[:, 0], batch):
         inputs, targets = examples.batch(rows)
         out = logits(inputs)

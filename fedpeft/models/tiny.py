@@ -5,6 +5,7 @@ They are ordinary Hugging Face models in ordinary folders: stock `from_pretraine
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from filelock import FileLock
 from torch import Tensor
 
@@ -105,7 +107,12 @@ def _base(
             with torch.random.fork_rng():
                 torch.manual_seed(seeds.seed(seed, purpose="tiny model"))
                 module = kind(config)
-            if dataset.public is not None and source.epochs:
+            if dataset.public is None or not source.epochs:
+                logging.getLogger("fedpeft").warning(
+                    "%s keeps its random start: the data have no public part (see data.public_share), or model.epochs=0",
+                    type(source).__name__,
+                )
+            else:
                 _pretrain(module, encode(dataset.public), dataset, source, seed)
             made = folder.with_name(folder.name + f".{os.getpid()}")
             module.save_pretrained(made)
@@ -119,7 +126,7 @@ def _key(source: TinyViT | TinyLlama, config: Any, public: Table | None, seed: i
     made = hashlib.blake2b(
         json.dumps([type(source).__name__, asdict(source), seed, config.num_labels], sort_keys=True).encode(), digest_size=10
     )
-    made.update(f"{torch.__version__} {getattr(config, 'num_channels', 0)} {getattr(config, 'image_size', 0)}".encode())
+    made.update(f"{torch.__version__} {transformers.__version__} {torch.get_num_threads()} {config.to_json_string()}".encode())
     if public is not None:
         made.update(public.labels.numpy().tobytes())
         made.update(public.inputs.numpy().tobytes() if isinstance(public.inputs, Tensor) else repr(public.inputs).encode())

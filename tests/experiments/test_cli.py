@@ -177,6 +177,56 @@ def test_a_column_that_is_not_there_is_named_with_those_that_are(
         assert words in shown
 
 
+def test_the_exit_code_of_a_command_is_the_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("experiments.doctor._memory", lambda: 1_000_000)
+    assert call(monkeypatch, "doctor") == 1
+
+
+def test_presets_that_refuse_their_fields_are_reported_together(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        call(monkeypatch, "run", "codec=half", "codec.dtype=fp8", "strategy=fedprox", "strategy.mu=-1", "mean=trimmed", "mean.trim=2") == 2
+    )
+    shown = capsys.readouterr().err
+    for words in ("codec.dtype=fp8", "strategy.mu=-1", "mean.trim=2"):
+        assert words in shown
+
+
+def test_a_clients_memory_that_cannot_be_read_ends_the_run_instead_of_changing_its_result(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    run = [*SMALL, "cohort=5", "strategy=fedsa", f"run.dir={folder}", "evaluate.head_only=false"]
+    assert call(monkeypatch, "run", *[text for text in run if text != "cohort=3"], "--quiet") == 0
+    for path in sorted((folder / "checkpoints").glob("*"))[1:]:
+        path.unlink()
+    for broken in (folder / "memory" / "000000").iterdir():
+        broken.write_bytes(broken.read_bytes()[:100])
+    assert call(monkeypatch, "run", "--resume", str(folder), "--quiet") == 1
+    assert "memory cannot be read" in capsys.readouterr().err
+
+
+def test_a_run_does_not_go_on_with_other_data(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    rows = "text,label\n" + "".join(f"word{i} again,{i % 2}\n" for i in range(40))
+    (tmp_path / "train.csv").write_text(rows)
+    run = [
+        "data=files",
+        f"data.path={tmp_path}",
+        "data.text=text",
+        "data.label=label",
+        "model=tiny_llama",
+        "model.width=32",
+        "clients=4",
+        "cohort=2",
+    ]
+    folder = tmp_path / "run"
+    assert call(monkeypatch, "run", *run, "rounds=1", "train.steps=1", f"run.dir={folder}", "--quiet") == 0
+    (tmp_path / "train.csv").write_text(rows.replace("word7", "other"))
+    assert call(monkeypatch, "run", "--resume", str(folder)) == 2
+    assert "began with data" in capsys.readouterr().err
+
+
 def test_help_teaches_the_families_and_examples(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(monkeypatch, "run", "--help") == 0
     shown = capsys.readouterr().out

@@ -78,6 +78,28 @@ def test_a_local_decoder_reads_language_and_classifies_with_a_fresh_head(folder:
     assert judge.head == ("score.weight",)
 
 
+def test_two_texts_for_a_decoder_are_joined_and_carry_no_types(folder: Path, tmp_path: Path) -> None:
+    GPT2LMHeadModel(GPT2Config(vocab_size=8, n_positions=16, n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path)
+    BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(tmp_path)
+    pairs = Dataset("text", Table((("a", "b c"),), torch.tensor([0]), None), TEXTS.test, ("x", "y"))
+    inputs, _ = HuggingFace(id=str(tmp_path), max_length=8).load(pairs, seed=0, device=CPU).encode(pairs.train).batch(torch.tensor([0]))
+    assert set(inputs) == {"input_ids", "attention_mask"}
+    assert inputs["input_ids"].tolist() == [[2, 5, 3, 6, 7, 3]]
+
+
+def test_a_head_stays_in_float32_on_a_base_in_half_precision(folder: Path) -> None:
+    base = HuggingFace(id=str(folder), max_length=8, dtype="bf16").load(TEXTS, seed=0, device=CPU)
+    kinds = {name: parameter.dtype for name, parameter in base.module.named_parameters()}
+    assert {kinds[name] for name in base.head} == {torch.float32}
+    assert {kind for name, kind in kinds.items() if name not in base.head} == {torch.bfloat16}
+    assert base.module(**base.encode(TEXTS.train).batch(torch.arange(3))[0]).logits.dtype == torch.float32
+
+
+def test_more_tokens_than_the_model_has_places_for_are_refused(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"model\.max_length=17 is more than the 16 positions"):
+        HuggingFace(id=str(folder), max_length=17).load(TEXTS, seed=0, device=CPU)
+
+
 def test_an_id_that_cannot_be_loaded_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ValueError, match=r"model\.id=.*could not be loaded"):
