@@ -63,8 +63,8 @@ class Progress:
         accuracy, table = result["accuracy"], Table(show_header=False, box=None, padding=(0, 2))
         table.add_row("accuracy before training (zero-shot)", f"{accuracy['zero_shot']:.3f}")
         if accuracy["head_only"] is not None:
-            table.add_row("federated, head only", f"{accuracy['head_only']:.3f}")
-        note = " (mean of the clients' own models)" if accuracy["measure"] == "personal" else ""
+            table.add_row("federated, head only (one model for all)", f"{accuracy['head_only']:.3f}")
+        note = " (clients' own models, on labels like their own)" if accuracy["measure"] == "personal" else ""
         table.add_row("federated, adapter and head", f"[bold]{accuracy['final']:.3f}[/bold]{note}")
         table.add_row("payload bytes up / down", f"{size(result['bytes']['up'])} / {size(result['bytes']['down'])}")
         table.add_row("seconds", f"{result['seconds']:.1f}")

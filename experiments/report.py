@@ -49,7 +49,7 @@ def _page(folder: Path, result: dict[str, Any], entries: list[dict[str, Any]], b
     accuracy = result["accuracy"]
     rows = [
         ("accuracy before training (zero-shot)", _percent(accuracy["zero_shot"])),
-        ("federated, head only", _percent(accuracy["head_only"])),
+        ("federated, head only (one model for all)", _percent(accuracy["head_only"])),
         (f"federated, adapter and head ({accuracy['measure']} model)", _percent(accuracy["final"])),
         ("trained parameters", f"{result['parameters']:,}"),
         ("payload bytes up / down", f"{size(result['bytes']['up'])} / {size(result['bytes']['down'])}"),

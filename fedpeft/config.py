@@ -277,6 +277,8 @@ def _alike(plain: Spec, usual: Spec, at: str, faults: list[str]) -> dict[str, An
             needed = WORDS[bool]
         elif at and _is_number(before) and not _is_number(value):
             needed = WORDS[float]
+        elif at and isinstance(before, int) and isinstance(value, float) and _is_number(before):
+            needed = WORDS[int]
         if needed:
             faults.append(f"{at}{name}={value}: needed {'are' if isinstance(before, dict) else 'is'} {needed}")
             made[name] = before

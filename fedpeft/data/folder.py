@@ -13,7 +13,7 @@ def find(path: str | None, endings: tuple[str, ...], *, train: str | None = None
             f"data.path is not set, and this data set is read from local files: give data.path=FOLDER with train{endings[0]} and "
             f"test{endings[0]}, or data.path=FILE (of {', '.join(endings)})"
         )
-    place = Path(path).expanduser()
+    place = Path(str(path)).expanduser()  # a folder called 2024 comes as a number
     if not place.exists():
         raise FileNotFoundError(f"data.path={path}: looked for {place.absolute()}, which does not exist; give a folder or one file")
     if place.is_file():

@@ -75,8 +75,8 @@ def limited(table: Table, limit: int | None, seed: int, *, part: Literal["train"
     """At most `limit` random rows in file order; all of them if `limit` is None."""
     if limit is None:
         return table
-    if limit < 1:
-        raise ValueError(f"data.limit={limit}: needed is at least 1 row, or data.limit=null for all")
+    if not isinstance(limit, int) or limit < 1:
+        raise ValueError(f"data.limit={limit}: needed is a whole number of at least 1 row, or data.limit=null for all")
     order = torch.randperm(len(table), generator=seeds.generator(seed, purpose=f"data limit {part}"))
     return table.rows(order[:limit].sort().values)
 
