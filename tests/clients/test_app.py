@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-import torch
 from flwr.app import Message
 
 from clients import app as place
@@ -99,4 +98,3 @@ def test_training_order_of_clients_changes_nothing(setting: Setting, tmp_path: P
     forward = {client: one.answer(client, "train", content)["payload"]["data"].data for client in (0, 1, 2)}
     backward = {client: two.answer(client, "train", content)["payload"]["data"].data for client in (2, 1, 0)}
     assert forward == backward
-    assert torch.get_num_threads() == 1

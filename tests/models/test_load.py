@@ -1,5 +1,6 @@
 """Models from a folder, from a package and from a config."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from transformers import AutoModelForImageClassification, BertConfig, BertModel,
 from fedpeft.data.embedded import TurnedDigits
 from fedpeft.data.table import Dataset, Table
 from fedpeft.models.load import HuggingFace
-from fedpeft.models.minilm import SHA256, MiniLM, packaged
+from fedpeft.models.minilm import PACKAGE, SHA256, MiniLM, packaged
 from fedpeft.models.score import score
 from fedpeft.models.tiny import TinyLlama, TinyViT, cache
 
@@ -155,4 +156,14 @@ def test_the_packaged_minilm_has_the_official_weights_and_a_head_of_the_right_si
     base = MiniLM().load(TEXTS, seed=0, device=CPU)
     assert sum(parameter.numel() for parameter in base.module.parameters()) == 22_713_216 + 3 * 385
     assert base.head == ("classifier.weight", "classifier.bias")
-    assert len(SHA256) == 64
+
+
+def test_weights_that_are_not_the_official_ones_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tmp_path / PACKAGE / "model"
+    model.mkdir(parents=True)
+    (model.parent / "__init__.py").touch()
+    (model / "model.safetensors").write_bytes(b"other weights")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, PACKAGE, raising=False)
+    with pytest.raises(ValueError, match=SHA256):
+        packaged()
