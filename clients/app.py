@@ -3,8 +3,8 @@
 import shlex
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -14,16 +14,39 @@ from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 from torch import Tensor
 
-from clients.evaluate import evaluate
+from clients.engine import Engine
+from clients.lanes import Lanes, usual
 from clients.memory import Memory, Reply
-from clients.train import at_round, train
+from clients.plan import waves
+from clients.train import Job, at_round
 from fedpeft import seeds
 from fedpeft.codecs.base import Codec, Payload
 from fedpeft.config import ConfigError, build, load
 from fedpeft.messages import Broadcast
-from fedpeft.records import from_records, pack_update, to_records, unpack_broadcast
+from fedpeft.records import Packer, from_records, pack_update, to_records, unpack_broadcast
 from fedpeft.setting import Setting, open_setting
 from fedpeft.strategy import Strategy
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One client's message as its lane gets it. Plain values: it may cross a process."""
+
+    client: int
+    kind: str  # train or evaluate
+    round: int
+    digest: str  # of the broadcast
+
+
+@dataclass(frozen=True)
+class Order:
+    """The messages of one wave, and the broadcasts they name: digest -> (header, bytes)."""
+
+    asks: Sequence[Ask]
+    broadcasts: Mapping[str, tuple[str, bytes]]
+
+
+Answer = Reply | str  # what one client says: a reply, or what went wrong with it alone
 
 
 @dataclass(eq=False)
@@ -35,47 +58,131 @@ class Site:
     codec: Codec
     memory: Memory
     holds: bool = True  # this process answers a client's next message too, so the server need not send again what is held
+    known: Mapping[str, int] = field(default_factory=dict)  # what the run measured before
     _held: dict[int, dict[str, Tensor]] = field(default_factory=dict)  # client -> digest -> tensor of the broadcast it answered last
     _known: WeakValueDictionary[str, Tensor] = field(default_factory=WeakValueDictionary)  # the same tensors once for all clients
 
+    @cached_property
+    def engine(self) -> Engine:
+        """What trains and scores."""
+        config, setting = self.setting.config, self.setting
+        return Engine(setting.adapted, setting.train, config.engine, batch=config.train.batch, known=self.known)
+
+    @property
+    def lanes(self) -> int:
+        """Processes that are worth having for one round."""
+        config = self.setting.config
+        return min(config.engine.lanes or usual(self.setting.base.device), config.cohort)
+
     def answer(self, client: int, kind: str, content: RecordDict) -> RecordDict:
         """The content of the reply to one message."""
-        handlers: dict[str, Callable[[int, RecordDict], RecordDict]] = {
-            "query": self.query, "train": self.train, "evaluate": self.evaluate
-        }  # fmt: skip
-        return handlers[kind](client, content)
+        if kind == "query":
+            return self.query(client)
+        ((_, _, made),) = self.answers([(client, kind, content)], lambda orders: enumerate(map(self.work, orders)))
+        if isinstance(made, str):
+            raise ValueError(made)
+        return made
 
-    def query(self, client: int, content: RecordDict) -> RecordDict:
+    def query(self, client: int) -> RecordDict:
         """Which client this node is: node ids are random, client indices are not."""
         return to_records(Payload("[]", b""), {"client": client})
 
-    def train(self, client: int, content: RecordDict) -> RecordDict:
-        """One round of `client`; a broadcast answered before gets the same bytes again."""
-        facts = content.config_records["facts"]
-        round, digest = _whole(facts["round"]), str(facts["digest"])
-        reply = self.memory.answered(client, round, digest)
-        if reply is None:
-            broadcast = self._open(client, content)
+    def answers(
+        self, messages: Sequence[tuple[int, str, RecordDict]], each: Callable[[Sequence[Order]], Iterator[tuple[int, list[Answer]]]]
+    ) -> Iterator[tuple[int, str, RecordDict | str]]:
+        """(client, kind, content of its reply, or its fault) for every (client, kind, content); `each` has the orders worked off."""
+        good: dict[str, list[tuple[Ask, Broadcast]]] = {"train": [], "evaluate": []}
+        for client, kind, content in messages:
+            try:
+                ask = _ask(client, kind, content)
+                broadcast = self._open(client, kind, content)
+            except Exception as fault:  # a message that cannot be read is that client's fault alone
+                yield client, kind, str(fault) or repr(fault)
+                continue
             if broadcast is None:
-                return to_records(Payload("[]", b""), {"resend": True})
-            reply = self._work(client, round, digest, broadcast)
-        return to_records(reply.payload, {"client": client, "holds": self.holds and client in self._held}, reply.facts)
+                yield client, kind, to_records(Payload("[]", b""), {"resend": True})
+            else:
+                good[kind].append((ask, broadcast))
+        for kind, asked in good.items():
+            orders = self._orders([ask for ask, _ in asked], {ask.digest: broadcast for ask, broadcast in asked})
+            for position, replies in each(orders):
+                for ask, reply in zip(orders[position].asks, replies, strict=True):
+                    facts = {"client": ask.client} | ({"holds": self.holds and ask.client in self._held} if kind == "train" else {})
+                    yield ask.client, kind, reply if isinstance(reply, str) else to_records(reply.payload, facts, reply.facts)
 
-    def evaluate(self, client: int, content: RecordDict) -> RecordDict:
-        """How the client's own model (the broadcast under what it keeps) does on a test set that resembles its data."""
-        facts = content.config_records["facts"]
-        round = _whole(facts["round"])
-        broadcast = unpack_broadcast(from_records(content), {}, {})
-        kept = self.memory.recall(client, self.strategy.phase(round).adapter, round)
-        weights = self.setting.resembling(client) if self.setting.dataset.task != "language" else None
-        found = evaluate(
-            self.setting.adapted, broadcast, kept, self.setting.test, weights=weights, batch=self.setting.config.evaluate.batch
-        )
-        metrics = {"loss": found.loss, "accuracy": found.accuracy, "weight": float(len(self.setting.split.clients[client]))}
-        return to_records(Payload("[]", b""), {"client": client}, metrics)
+    def work(self, order: Order) -> list[Answer]:
+        """Answers the messages of one wave. What goes wrong with one client is its answer; `OSError` ends the run."""
+        broadcasts = {digest: unpack_broadcast(Payload(*packed), {}, {}) for digest, packed in order.broadcasts.items()}
+        if order.asks[0].kind == "evaluate":
+            return self._evaluated(order.asks, broadcasts)
+        replies: dict[int, Answer] = {}
+        for ask in order.asks:
+            if found := self.memory.answered(ask.client, ask.round, ask.digest):
+                replies[ask.client] = found
+        if len(replies) < len(order.asks):  # all of the wave again: another one rounds otherwise. What was answered stays answered.
+            for ask, made in self._trained(order.asks, broadcasts):
+                replies.setdefault(ask.client, made)
+        return [replies[ask.client] for ask in order.asks]
 
-    def _open(self, client: int, content: RecordDict) -> Broadcast | None:
+    def _trained(self, asks: Sequence[Ask], broadcasts: Mapping[str, Broadcast]) -> Iterator[tuple[Ask, Answer]]:
+        phase = self.strategy.phase(asks[0].round)
+        jobs = [self._job(ask, broadcasts[ask.digest], phase.adapter) for ask in asks]
+        for ask, job, done in zip(asks, jobs, self.engine.train(phase, jobs, round=asks[0].round), strict=True):
+            if isinstance(done, ValueError):
+                yield ask, str(done)
+                continue
+            update, keeps = done
+            try:
+                reply = Reply(pack_update(update, job.broadcast, self.codec), {"weight": update.weight, **update.metrics})
+            except ValueError as fault:
+                yield ask, str(fault)
+                continue
+            if self.memory.answered(ask.client, ask.round, ask.digest) is None:
+                self.memory.store(ask.client, phase.adapter, ask.round, ask.digest, keeps, reply)
+            yield ask, reply
+
+    def _evaluated(self, asks: Sequence[Ask], broadcasts: Mapping[str, Broadcast]) -> list[Answer]:
+        """How clients' own models (the broadcast under what each keeps) do on test sets that resemble their data."""
+        phase = self.strategy.phase(asks[0].round)
+        jobs, weights = [], []
+        for ask in asks:
+            rows, weight = self.setting.judged(ask.client)
+            jobs.append(replace(self._job(ask, broadcasts[ask.digest], phase.adapter), rows=rows))
+            weights.append(weight)
+        found = self.engine.score(jobs, weights, self.setting.test)
+        return [
+            str(one) if isinstance(one, ValueError) else Reply(Payload("[]", b""), {
+                "loss": one.loss, "accuracy": one.accuracy, "weight": float(len(self.setting.split.clients[ask.client]))
+            })
+            for ask, one in zip(asks, found, strict=True)
+        ]  # fmt: skip
+
+    def _job(self, ask: Ask, broadcast: Broadcast, adapter: str) -> Job:
+        config = self.setting.config
+        return Job(
+            ask.client, broadcast, self.setting.split.clients[ask.client], at_round(config.train, ask.round, config.rounds),
+            seeds.generator(config.seed, round=ask.round, client=ask.client, purpose="batches"),
+            self.memory.recall(ask.client, adapter, ask.round),
+        )  # fmt: skip
+
+    def _orders(self, asks: list[Ask], broadcasts: Mapping[str, Broadcast]) -> list[Order]:
+        """Waves of sorted clients. Who is asked, and the run's settings, decide them; nothing else."""
+        by_client = {ask.client: ask for ask in asks}
+        work = {client: float(self.setting.steps(client)) for client in by_client}
+        packer, packed = Packer(), dict[str, tuple[str, bytes]]()
+        for digest, broadcast in broadcasts.items():
+            payload = packer.pack(broadcast).payload
+            packed[digest] = (payload.header, payload.data)
+        made = []
+        for wave in waves(list(by_client), work, self.engine.wave, self.lanes) if asks else []:
+            mine = [by_client[client] for client in wave]
+            made.append(Order(mine, {ask.digest: packed[ask.digest] for ask in mine}))
+        return made
+
+    def _open(self, client: int, kind: str, content: RecordDict) -> Broadcast | None:
         """The broadcast of a message; None if it leaves out what is not held here any more."""
+        if kind == "evaluate":
+            return unpack_broadcast(from_records(content), {}, {})
         store: dict[str, Tensor] = {}
         try:
             broadcast = unpack_broadcast(from_records(content), self._held.get(client, {}), store)
@@ -85,36 +192,37 @@ class Site:
             self._held[client] = {digest: self._known.setdefault(digest, tensor) for digest, tensor in store.items()}
         return broadcast
 
-    def _work(self, client: int, round: int, digest: str, broadcast: Broadcast) -> Reply:
-        setting, config, phase = self.setting, self.setting.config, self.strategy.phase(round)
-        kept = self.memory.recall(client, phase.adapter, round)
-        update, keeps = train(
-            setting.adapted, phase, broadcast, kept, setting.train, setting.split.clients[client],
-            at_round(config.train, round, config.rounds),
-            client=client, round=round, rng=seeds.generator(config.seed, round=round, client=client, purpose="batches"),
-        )  # fmt: skip
-        reply = Reply(pack_update(update, broadcast, self.codec), {"weight": update.weight, **update.metrics})
-        self.memory.store(client, phase.adapter, round, digest, keeps, reply)
-        return reply
 
+def serve(site: Site, clients: Mapping[int, int], lanes: Lanes | None = None) -> Callable[[Sequence[Message]], Iterator[Message]]:
+    """Answers messages in waves, in `lanes` if they are given; `clients` maps node ids to client indices.
 
-def serve(site: Site, clients: Mapping[int, int]) -> Callable[[Sequence[Message]], Iterator[Message]]:
-    """Answers messages in this process, one at a time; `clients` maps node ids to client indices.
-
-    An exception in one client becomes an error reply, as Flower makes it; `OSError` ends the run.
+    What goes wrong in one client becomes an error reply, as Flower makes it; `OSError` ends the run: in simulation the clients' disk is
+    ours, and a memory that cannot be kept would change the result.
     """
 
     def answers(messages: Sequence[Message]) -> Iterator[Message]:
+        asked: dict[tuple[int, str], Message] = {}
         for message in messages:
             client = clients[message.metadata.dst_node_id]
-            try:
-                yield Message(site.answer(client, message.metadata.message_type, message.content), reply_to=message)
-            except OSError:  # in simulation the clients' disk is ours: a memory that cannot be kept would change the result
-                raise
-            except Exception as fault:  # whatever happens in a client is that client's fault alone
-                yield Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, str(fault) or repr(fault)), reply_to=message)
+            if message.metadata.message_type == "query":
+                yield Message(site.query(client), reply_to=message)
+            else:
+                asked[client, message.metadata.message_type] = message
+        each = (lambda orders: enumerate(map(site.work, orders))) if lanes is None else lanes.map
+        contents = [(client, kind, message.content) for (client, kind), message in asked.items()]
+        for client, kind, made in site.answers(contents, each):
+            message = asked[client, kind]
+            if isinstance(made, str):
+                yield Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, made), reply_to=message)
+            else:
+                yield Message(made, reply_to=message)
 
     return answers
+
+
+def _ask(client: int, kind: str, content: RecordDict) -> Ask:
+    facts = content.config_records["facts"]
+    return Ask(client, kind, _whole(facts["round"]), str(facts["digest"]))
 
 
 def _whole(value: Any) -> int:

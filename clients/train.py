@@ -2,8 +2,8 @@
 
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -19,30 +19,46 @@ from fedpeft.tensors import Tensors, is_head, only
 HEAD_RATE = 3.0  # the head starts from nothing: with the adapter's own rate banking77 ends 12 points lower after an epoch
 
 
-def train(
-    adapted: Adapted, phase: Phase, broadcast: Broadcast, memory: Tensors, examples: Examples, rows: Tensor, work: Training, *,
-    client: int, round: int, rng: torch.Generator,
-) -> tuple[Update, Tensors]:  # fmt: skip
-    """Trains on the `rows` of `examples` and gives what the client shares and what it keeps.
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One client's work in one round: where it starts, which rows of the examples are its own, how it trains, its generator of batches."""
 
-    Raises `ValueError` if the loss stops being finite.
-    """
+    client: int
+    broadcast: Broadcast
+    rows: Tensor
+    work: Training
+    rng: torch.Generator
+    memory: Tensors = field(default_factory=dict)
+    scales: Mapping[str, float] | None = None  # of its B factors, where its ranks are not the adapter's
+
+    @property
+    def start(self) -> Tensors:
+        """The broadcast under what this client keeps."""
+        return self.broadcast.tensors | self.memory
+
+
+def train(adapted: Adapted, phase: Phase, examples: Examples, job: Job, *, round: int) -> tuple[Update, Tensors]:
+    """Trains one client and gives what it shares and what it keeps. Raises `ValueError` if the loss stops being finite."""
     began = time.perf_counter()
-    start = broadcast.tensors | memory
+    start = job.start
     adapted.fill(start)
     moving = adapted.select(phase.trains)
-    with adapted.shifted(broadcast.base_delta):
+    with adapted.shifted(job.broadcast.base_delta):
         if phase.work == "gradient":
-            seen, steps = [_gradient_step(adapted, examples, rows, moving, work.batch)], 1
+            seen, steps = [_gradient_step(adapted, examples, job.rows, moving, job.work.batch)], 1
         else:
-            seen = _descend(adapted, phase, start, examples, rows, work, moving, rng)
+            seen = _descend(adapted, phase, start, examples, job, moving)
             steps = len(seen)
-    _check_finite(seen, client, round)
-    end = adapted.read()
+    check_finite(seen, job.client, round)
+    return finished(phase, job, adapted.read(), seen, steps, time.perf_counter() - began)
+
+
+def finished(phase: Phase, job: Job, end: Tensors, seen: list[float], steps: int, seconds: float) -> tuple[Update, Tensors]:
+    """The update and the memory of a client that ended at `end` after batches of mean losses `seen`."""
     if phase.finish:
-        end = phase.finish(end, start, steps)
-    metrics = {"loss": sum(seen) / len(seen), "steps": float(steps), "seconds": time.perf_counter() - began}
-    return Update(client, only(end, phase.shares), float(len(rows)), metrics), only(end, phase.keeps)
+        end = phase.finish(end, job.start, steps)
+    metrics = {"loss": sum(seen) / len(seen), "steps": float(steps), "seconds": seconds}
+    return Update(job.client, only(end, phase.shares), float(len(job.rows)), metrics), only(end, phase.keeps)
 
 
 def at_round(work: Training, round: int, rounds: int) -> Training:
@@ -79,13 +95,12 @@ def optimizer(moving: dict[str, nn.Parameter], work: Training) -> torch.optim.Op
 
 
 def _descend(
-    adapted: Adapted, phase: Phase, start: Tensors, examples: Examples, rows: Tensor, work: Training, moving: dict[str, nn.Parameter],
-    rng: torch.Generator,
+    adapted: Adapted, phase: Phase, start: Tensors, examples: Examples, job: Job, moving: dict[str, nn.Parameter]
 ) -> list[float]:  # fmt: skip
     here = {name: tensor.to(adapted.base.device) for name, tensor in start.items()} if phase.loss else {}
-    descent = optimizer(moving, work)
+    descent, work = optimizer(moving, job.work), job.work
     seen = []
-    for batch in batches(rows, work, rng):
+    for batch in batches(job.rows, work, job.rng):
         inputs, targets = examples.batch(batch)
         loss = losses(adapted.base.task, adapted.logits(inputs), targets.to(adapted.base.device)).mean()
         seen.append(loss.detach())
@@ -114,7 +129,8 @@ def _gradient_step(adapted: Adapted, examples: Examples, rows: Tensor, moving: d
     return total
 
 
-def _check_finite(seen: list[float], client: int, round: int) -> None:
+def check_finite(seen: list[float], client: int, round: int) -> None:
+    """Raises `ValueError` that names the first local step whose loss is not a number."""
     for step, loss in enumerate(seen):
         if not math.isfinite(loss):
             raise ValueError(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from clients.app import Site, serve
+from clients.lanes import Lanes
 from clients.memory import Memory
 from fedpeft.config import Config, ConfigError, build, load
 from fedpeft.data.partition import describe, histogram
@@ -74,15 +75,21 @@ def _unused(strategy: str) -> Path:
 
 
 def _drive(what: str, config: Config, setting: Setting, folder: Folder, watch: Watch) -> Outcome:
-    site = Site(setting, build(config.strategy), build(config.codec), Memory(folder.path / "memory", replies=False))
+    known: dict[str, int] = folder.manifest()["measured"]
+    memory = Memory(folder.path / "memory", replies=False)
+    site = Site(setting, build(config.strategy), build(config.codec), memory, known=known)
+    if not known:
+        folder.note({"measured": site.engine.facts})
     nodes = {InProcessGrid.FIRST + client: client for client in range(config.clients)}
-    steps: Generator[dict[str, Any], None, Outcome] = federate(config, setting, InProcessGrid(serve(site, nodes), config.clients), folder)
-    while True:
-        try:
-            watch(what, config, next(steps))
-        except StopIteration as end:
-            outcome: Outcome = end.value
-            return outcome
+    with Lanes(site.work, site.lanes) as lanes:
+        grid = InProcessGrid(serve(site, nodes, lanes), config.clients)
+        steps: Generator[dict[str, Any], None, Outcome] = federate(config, setting, grid, folder)
+        while True:
+            try:
+                watch(what, config, next(steps))
+            except StopIteration as end:
+                outcome: Outcome = end.value
+                return outcome
 
 
 def _split(setting: Setting) -> dict[str, Any]:

@@ -44,6 +44,7 @@ class Evaluation:
 
     every: int = 5  # rounds between two evaluations; the last round is always evaluated
     batch: int = 128  # examples a forward pass
+    personal: int | None = 200  # test examples that a client's own model is scored on, drawn for each client; None: all
     head_only: bool = True  # also run the federated head-only baseline
 
 
@@ -55,6 +56,19 @@ class Run:
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     threads: int = 1  # of each process; two spinning threads on a busy machine are ten times slower
     keep: int = 2  # checkpoints kept
+
+
+@dataclass(frozen=True)
+class Options:
+    """How the clients of one machine are trained: many at once. Speed, not results, up to rounding; what is None is measured."""
+
+    stacked: bool = True  # False: one client at a time by the reference trainer
+    wave: int | None = None  # clients trained at once
+    lanes: int | None = None  # processes side by side; None: one per core, one in all on a GPU
+    cache: float = 1.0  # GB of memory for the output of frozen layers
+    disk: float = 4.0  # GB of a file for it, if memory is not enough
+    bf16: bool = False  # frozen products in bfloat16: faster where the processor has it, not exact
+    checkpointing: bool = False  # recompute layers in the backward pass: less memory, more time
 
 
 @dataclass(frozen=True)
@@ -70,6 +84,7 @@ class Config:
     run: Run
     train: Training
     evaluate: Evaluation
+    engine: Options
     strategy: Spec
     adapter: Spec
     model: Spec
@@ -151,6 +166,7 @@ def check(config: Config) -> list[str]:
         faults.append(f"train.weight_decay={train.weight_decay}: needed is a number of at least 0")
     if config.evaluate.every < 1 or config.evaluate.batch < 1:
         faults.append(f"evaluate.every={config.evaluate.every}, evaluate.batch={config.evaluate.batch}: needed is at least 1")
+    faults += _of_engine(config)
     if config.run.threads < 1 or config.run.keep < 1:
         faults.append(f"run.threads={config.run.threads}, run.keep={config.run.keep}: needed is at least 1")
     if config.deadline is not None and not config.deadline > 0:
@@ -162,6 +178,24 @@ def check(config: Config) -> list[str]:
         faults.append(f"data.min_examples={least}: needed is at least 1")
     if config.privacy.get("unit") is not None:
         faults.append(f"privacy.unit={config.privacy['unit']}: privacy=none adds no noise, so nobody would be hidden; leave it null")
+    return faults
+
+
+def _of_engine(config: Config) -> list[str]:
+    engine, faults = config.engine, []
+    for name in ("wave", "lanes"):
+        value = getattr(engine, name)
+        if value is not None and value < 1:
+            faults.append(f"engine.{name}={value}: needed is at least 1, or null to have it measured")
+    for name in ("cache", "disk"):
+        value = getattr(engine, name)
+        if not (value >= 0 and math.isfinite(value)):
+            faults.append(f"engine.{name}={value}: needed is a number of gigabytes, 0 for none")
+    personal = config.evaluate.personal
+    if personal is not None and personal < 1:
+        faults.append(f"evaluate.personal={personal}: needed is at least 1 test example, or null for all")
+    if not engine.stacked:
+        faults += [f"engine.{name}=true needs engine.stacked=true" for name in ("bf16", "checkpointing") if getattr(engine, name)]
     return faults
 
 
@@ -252,7 +286,7 @@ def _placed(tree: Any, text: str, faults: list[str]) -> str | None:
 
 def _typed(plain: Spec, usual: Spec, choices: Mapping[str, str], faults: list[str]) -> Config:
     """The config. A value of a wrong type is a fault, and the usual one takes its place so that all others can be checked too."""
-    parts = {"run": Run, "train": Training, "evaluate": Evaluation}
+    parts = {"run": Run, "train": Training, "evaluate": Evaluation, "engine": Options}
     made: dict[str, Any] = {}
     for name, value in _alike(plain, usual, "", faults).items():
         if name in parts:

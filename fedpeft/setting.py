@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedpeft import seeds
 from fedpeft.adapters.base import Adapted, Adapter
 from fedpeft.config import Config, ConfigError, build
 from fedpeft.data.partition import Split, partition
@@ -59,8 +60,27 @@ class Setting:
             made.update(rows.numpy().tobytes() + b"/")
         return made.hexdigest()
 
+    def steps(self, client: int) -> int:
+        """Examples that a client's work of one round passes over, about."""
+        work, own = self.config.train, len(self.split.clients[client])
+        return max(1, round(work.epochs * own)) if work.steps is None and work.epochs else (work.steps or 1) * min(work.batch, own)
+
+    def judged(self, client: int) -> tuple[Tensor, Tensor]:
+        """Test rows that `client`'s own model is scored on, and a weight for every test row.
+
+        The weights give the test set the label proportions of the client's data; of the rows with weight `evaluate.personal` are drawn.
+        """
+        weights = self.resembling(client) if self.dataset.task != "language" else torch.ones(len(self.test))
+        rows, most = weights.nonzero()[:, 0], self.config.evaluate.personal
+        if not len(rows):
+            raise ValueError("no test example has a label that this client holds; give the data more test rows")
+        if most is not None and len(rows) > most:
+            rng = seeds.generator(self.config.seed, client=client, purpose="personal evaluation")
+            rows = rows[torch.randperm(len(rows), generator=rng)[:most].sort().values]
+        return rows, weights
+
     def resembling(self, client: int) -> Tensor:
-        """(test examples,) weights that give the test set the label proportions of `client`: how its own model is judged."""
+        """(test examples,) weights that give the test set the label proportions of `client`."""
         classes = max(len(self.dataset.classes), 1)
         own = torch.bincount(self.dataset.train.labels[self.split.clients[client]], minlength=classes).double()
         there = torch.bincount(self.dataset.test.labels, minlength=classes).double().clamp(min=1)

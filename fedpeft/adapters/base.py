@@ -36,6 +36,7 @@ class Adapted:
     save: Callable[[Path], None]  # writes the adapter's files; see `export`
     scales: Mapping[str, float] = field(default_factory=dict)
     module: nn.Module | None = None  # what is called, if not the base's own module
+    products: frozenset[str] = frozenset()  # layers that compute base(x) + scale * B A x, or B R A x: what the wave engine stacks
 
     def read(self) -> Tensors:
         """Copies of all tensors, in boundary values, on the CPU."""
@@ -103,7 +104,7 @@ class Adapted:
             for target, products in parts.items():
                 inner, weight = self._frozen(target)
                 dense = torch.cat([p.B for p in products], 1) @ torch.cat([p.A for p in products], 0)
-                dense = dense.T if _transposed(inner) else dense
+                dense = dense.T if is_transposed(inner) or isinstance(inner, nn.Embedding) else dense
                 if dense.shape != weight.shape:
                     raise ValueError(
                         f"base_delta of {target} is {tuple(dense.shape)}, the weight here {tuple(weight.shape)}; "
@@ -217,6 +218,6 @@ def layer(module: nn.Module, path: str) -> nn.Module:
     return inner if isinstance(inner, nn.Module) else found
 
 
-def _transposed(inner: nn.Module) -> bool:
-    """True where the weight is stored in x out: GPT-2's Conv1D and embeddings."""
-    return isinstance(inner, nn.Embedding) or type(inner).__name__ == "Conv1D"
+def is_transposed(inner: nn.Module) -> bool:
+    """True for a linear layer whose weight is stored in x out: GPT-2's Conv1D."""
+    return type(inner).__name__ == "Conv1D"

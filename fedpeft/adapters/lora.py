@@ -15,6 +15,7 @@ from torch import nn
 from fedpeft.adapters.base import Adapted, layer
 from fedpeft.adapters.injected import NAME, attach, heads
 from fedpeft.models.base import Base
+from fedpeft.tensors import targets
 
 PARTS = {
     "lora_A.weight": "A",
@@ -56,6 +57,8 @@ class Lora:
         except ValueError:
             adapted.undo()
             raise
+        if not self.dora:  # its magnitudes divide by a norm of the whole weight: no plain product
+            adapted.products = frozenset(targets(adapted.parameters))
         return adapted
 
 

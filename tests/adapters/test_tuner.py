@@ -4,7 +4,7 @@ import peft
 import pytest
 import torch
 
-from clients.train import train
+from clients.train import Job, train
 from fedpeft import seeds
 from fedpeft.adapters.injected import attach
 from fedpeft.adapters.tuner import CANNOT, Tuner
@@ -78,11 +78,9 @@ def put(name, tiny, seed=0):
 
 
 def local(adapted, broadcast, client, examples, rows):
-    return train(
-        adapted, Phase(), broadcast, {}, examples(adapted.base, seed=client), torch.arange(rows),
-        Training(steps=2, batch=4, lr=0.01, optimizer="adamw"),
-        client=client, round=0, rng=seeds.generator(0, client=client, purpose="batches"),
-    )[0]  # fmt: skip
+    work = Training(steps=2, batch=4, lr=0.01, optimizer="adamw")
+    job = Job(client, broadcast, torch.arange(rows), work, seeds.generator(0, client=client, purpose="batches"))
+    return train(adapted, Phase(), examples(adapted.base, seed=client), job, round=0)[0]
 
 
 def everything(adapted):

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from flwr.app import Message
 
-from clients import app as place
 from clients.app import Site, serve
+from clients.engine import Engine
 from clients.memory import Memory
 from fedpeft.config import build, load
 from fedpeft.messages import Broadcast
@@ -40,7 +40,7 @@ def test_the_same_broadcast_again_returns_the_same_bytes_and_trains_nothing(
     _, content = message(setting)
     here = site(setting, tmp_path, strategy="fedsa")
     first = here.answer(1, "train", content)
-    monkeypatch.setattr(place, "train", lambda *_, **__: pytest.fail("it trained again"))
+    monkeypatch.setattr(Engine, "train", lambda *_, **__: pytest.fail("it trained again"))
     for again in (here, site(setting, tmp_path, strategy="fedsa")):  # the same process, and one that was restarted
         second = again.answer(1, "train", content)
         assert second["payload"]["data"].data == first["payload"]["data"].data

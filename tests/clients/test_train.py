@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clients.train import HEAD_RATE, at_round, batches, train
+from clients.train import HEAD_RATE, Job, at_round, batches, train
 from fedpeft.adapters.base import Adapted
 from fedpeft.config import Training
 from fedpeft.lowrank import LowRank
@@ -49,9 +49,8 @@ def examples() -> Images:
 
 def go(adapted: Adapted, examples: Images, phase: Phase, work: Training = SGD, memory: Tensors | None = None) -> tuple[Update, Tensors]:
     start = Broadcast({name: tensor.clone() for name, tensor in adapted.read().items()})
-    return train(
-        adapted, phase, start, memory or {}, examples, torch.arange(6), work, client=3, round=2, rng=torch.Generator().manual_seed(0)
-    )
+    job = Job(3, start, torch.arange(6), work, torch.Generator().manual_seed(0), memory or {})
+    return train(adapted, phase, examples, job, round=2)
 
 
 def gradients(adapted: Adapted, examples: Images, extra: Callable[[dict[str, Tensor]], Tensor] | None = None) -> dict[str, Tensor]:
@@ -131,7 +130,7 @@ def test_the_base_delta_is_there_while_training_and_gone_after(adapted: Adapted,
     adapted.base.module.head.load_state_dict({"weight": adapted.base.start["head.weight"], "bias": adapted.base.start["head.bias"]})
     before = weight.detach().clone()
     start = Broadcast(adapted.read(), ({"lens": delta},))
-    update, _ = train(adapted, Phase(trains=is_head), start, {}, examples, torch.arange(6), SGD, client=0, round=0, rng=torch.Generator())
+    update, _ = train(adapted, Phase(trains=is_head), examples, Job(0, start, torch.arange(6), SGD, torch.Generator()), round=0)
     assert update.metrics["loss"] != pytest.approx(plain)
     assert torch.equal(weight, before)
 

@@ -9,18 +9,30 @@ from pathlib import Path
 
 import pytest
 
-RUN = ["rounds=4", "clients=6", "cohort=3", "train.steps=2", "evaluate.every=2", "model.epochs=2", "evaluate.head_only=false"]
+RUN = [
+    "engine.lanes=2",
+    "rounds=4",
+    "clients=6",
+    "cohort=3",
+    "train.steps=2",
+    "evaluate.every=2",
+    "model.epochs=2",
+    "evaluate.head_only=false",
+]
 
 # Each is put before the command in the child process and kills it there with SIGKILL: nothing gets a chance to clean up.
 KILLS = {
     "while a client of the third round trains": """
-import clients.app as place
-real, calls = place.train, []
-def train(*args, **kwargs):
-    calls.append(0)
-    if len(calls) == 8: os.kill(os.getpid(), signal.SIGKILL)
-    return real(*args, **kwargs)
-place.train = train
+import multiprocessing, time
+from clients.engine import Engine
+real = Engine.train
+def train(self, phase, jobs, *, round):
+    done = real(self, phase, jobs, round=round)
+    if round == 2:  # in a lane: its parent goes, and then it must go too
+        os.kill(os.getppid() if multiprocessing.parent_process() else os.getpid(), signal.SIGKILL)
+        time.sleep(60)
+    return done
+Engine.train = train
 """,
     "while the third checkpoint is being written": """
 import fedpeft.checkpoint as place
@@ -50,6 +62,9 @@ place.connect = connect
 }
 
 
+LANE_DIES = KILLS["while a client of the third round trains"]
+
+
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
@@ -76,6 +91,22 @@ def test_a_killed_run_resumes_to_the_same_bits(moment: str, uninterrupted: tuple
     name = "adapter/adapter_model.safetensors"
     assert (folder / name).read_bytes() == (whole / name).read_bytes()
     assert [kept(line) for line in lines(folder)] == [kept(line) for line in lines(whole)]
+
+
+@pytest.mark.slow
+def test_a_lane_that_is_killed_ends_the_run_with_one_sentence_and_the_run_goes_on(
+    uninterrupted: tuple[str, Path], cache: Path, tmp_path: Path
+) -> None:
+    strategy, whole = uninterrupted
+    folder = tmp_path / "run"
+    kill = LANE_DIES.replace("os.getppid() if multiprocessing.parent_process() else os.getpid()", "os.getpid()")
+    stopped = fedpeft(cache, ["run", *RUN, f"strategy={strategy}", f"run.dir={folder}", "--quiet"], before=kill)
+    assert stopped.returncode == 1
+    assert "a lane ended with exit code -9" in stopped.stderr
+    assert "Traceback" not in stopped.stderr
+    assert fedpeft(cache, ["run", "--resume", str(folder), "--quiet"]).returncode == 0
+    name = "adapter/adapter_model.safetensors"
+    assert (folder / name).read_bytes() == (whole / name).read_bytes()
 
 
 @pytest.mark.slow

@@ -1,0 +1,171 @@
+"""Engine: trains and scores the clients of this process in waves, or one at a time where adapter or model cannot be stacked.
+
+Before the first wave two examples of this very run pass through with two different adapters, and are compared with the model itself: what
+does not agree is not used, and the log says so.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from clients.evaluate import evaluate
+from clients.measure import measured
+from clients.plan import Plan
+from clients.prefix import Shortcut, plain, shortcut
+from clients.stack import Stack
+from clients.stacked import Unstackable
+from clients.train import Job, train
+from clients.wave import Done, Wave
+from fedpeft.adapters.base import Adapted
+from fedpeft.config import Options
+from fedpeft.models.base import Examples
+from fedpeft.models.score import Score
+from fedpeft.strategy import Phase
+from fedpeft.tensors import Tensors
+
+GB = 1_000_000_000
+log = logging.getLogger("fedpeft")
+
+
+@dataclass
+class Engine:
+    """`known` is what an earlier sitting of the run measured; `folder` is where a memory-mapped cache may lie."""
+
+    adapted: Adapted
+    examples: Examples
+    options: Options
+    batch: int = 8
+    known: Mapping[str, int] = field(default_factory=dict)
+    folder: Path | None = None
+
+    def train(self, phase: Phase, jobs: Sequence[Job], *, round: int) -> list[Done]:
+        """What each job gives, or the `ValueError` that it alone raised; all at once, however many: `wave` says how many it should be."""
+        if self._wave is None:
+            return [self._alone(phase, job, round) for job in jobs]
+        made: dict[int, Done] = {}
+        for group in _by_base(jobs):
+            made |= {job.client: done for job, done in zip(group, self._wave.train(phase, group, round=round), strict=True)}
+        return [made[job.client] for job in jobs]
+
+    def score(self, jobs: Sequence[Job], weights: Sequence[Tensor], examples: Examples) -> list[Score | ValueError]:
+        """How each job's own model does on its rows of `examples`; `weights` has one number for each example."""
+        if self._wave is None:
+            return [self._scored(job, weight, examples) for job, weight in zip(jobs, weights, strict=True)]
+        wave = self._test_wave(examples)
+        made: dict[int, Score | ValueError] = {}
+        for group in _by_base(jobs):
+            shares = [weights[jobs.index(job)][job.rows] for job in group]
+            made |= {job.client: found for job, found in zip(group, wave.score(group, shares), strict=True)}
+        return [made[job.client] for job in jobs]
+
+    @property
+    def wave(self) -> int:
+        """Clients trained at once."""
+        return 1 if self._wave is None else self._wave.plan.wave
+
+    @property
+    def facts(self) -> dict[str, int]:
+        """What was measured, for the manifest."""
+        return {} if self._wave is None else vars(self._wave.plan).copy()
+
+    @cached_property
+    def _wave(self) -> Wave | None:
+        if not self.options.stacked:
+            return None
+        start = self.adapted.read()
+        try:
+            stack = Stack(self.adapted, half=self.options.bf16)
+            whole = plain(stack, self.examples)
+            check(stack, whole, start, loose=self.options.bf16)
+        except Unstackable as why:
+            log.warning("clients are trained one at a time: %s", why)
+            return None
+        finally:
+            self.adapted.write(start)
+        way = self._shortcut(stack, self.examples, start)
+        plan = Plan(**self.known) if self.known else measured(way, start, batch=self.batch)
+        if self.options.wave is not None:
+            plan = Plan(plan.fixed, plan.tokens, self.options.wave)
+        return Wave(way, whole, plan)
+
+    def _shortcut(self, stack: Stack, examples: Examples, start: Tensors) -> Shortcut:
+        way = shortcut(stack, examples, memory=round(self.options.cache * GB), disk=round(self.options.disk * GB), folder=self.folder)
+        try:
+            check(stack, way, start, loose=self.options.bf16)
+        except Unstackable as why:
+            log.warning("the whole model runs for every example: %s", why)
+            return plain(stack, examples)
+        finally:
+            self.adapted.write(start)
+        return way
+
+    def _test_wave(self, examples: Examples) -> Wave:
+        assert self._wave is not None
+        if getattr(self, "_tests", None) is None:
+            stack = self._wave.way.stack
+            self._tests = Wave(self._shortcut(stack, examples, self.adapted.read()), plain(stack, examples), self._wave.plan)
+        return self._tests
+
+    def _alone(self, phase: Phase, job: Job, round: int) -> Done:
+        try:
+            return train(self.adapted, phase, self.examples, job, round=round)
+        except ValueError as fault:
+            return fault
+
+    def _scored(self, job: Job, weight: Tensor, examples: Examples) -> Score | ValueError:
+        chosen = torch.zeros_like(weight)
+        chosen[job.rows] = weight[job.rows]
+        try:
+            return evaluate(self.adapted, job.broadcast, job.memory, examples, weights=chosen, batch=128)
+        except ValueError as fault:
+            return fault
+
+
+@torch.no_grad()
+def check(stack: Stack, way: Shortcut, start: Tensors, *, loose: bool = False) -> None:
+    """Two clients' logits on two examples through `way` against the model itself. Raises `Unstackable` if they differ."""
+    adapted, lengths = stack.adapted, way.examples.lengths()
+    rows = torch.tensor([int(lengths.argmin()), int(lengths.argmax())])
+    starts = [_moved(start, seed) for seed in (1, 2)]
+    want = []
+    for tensors, row in zip(starts, rows, strict=True):
+        adapted.fill(tensors)
+        want.append(adapted.logits(way.examples.batch(row.view(1))[0])[0])
+    try:
+        with stack.on():
+            way.fill(rows)
+            stack.load(starts)
+            stack.clients.seat(torch.arange(2, device=adapted.base.device))
+            with way.on():
+                got = stack.logits(way.batch(rows)[0])
+    except Unstackable:
+        raise
+    except Exception as fault:  # whatever an unknown architecture does with other layers in it
+        raise Unstackable(f"{type(adapted.base.module).__name__}: {fault}") from fault
+    if way.store is not None:
+        way.store.forget()
+    left = bool(getattr(way.examples, "left", False))
+    for mine, whole in zip(got, want, strict=True):
+        part = mine if mine.dim() == 1 else mine[len(mine) - len(whole) :] if left else mine[: len(whole)]
+        far, size = float((part - whole).abs().max()), float(whole.abs().max())
+        if not far <= (5e-2 if loose or whole.dtype not in (torch.float32, torch.float64) else 1e-3) * (1 + size):
+            raise Unstackable(f"{type(adapted.base.module).__name__} gives other logits in this form (by {far:.2g} of {size:.2g})")
+
+
+def _moved(start: Tensors, seed: int) -> Tensors:
+    """The start with every entry moved a little: a fresh B is zero and would hide its A."""
+    rng = torch.Generator().manual_seed(seed)
+    return {name: t + 0.05 * torch.randn(t.shape, generator=rng).to(t.dtype) for name, t in start.items()}
+
+
+def _by_base(jobs: Sequence[Job]) -> list[list[Job]]:
+    """Jobs with the same `base_delta`: a wave has one base."""
+    groups: dict[int, list[Job]] = {}
+    for job in jobs:
+        groups.setdefault(id(job.broadcast) if job.broadcast.base_delta else 0, []).append(job)
+    return list(groups.values())

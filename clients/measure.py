@@ -1,0 +1,138 @@
+"""What a machine can do, measured once: the fixed cost of a pass in tokens, how large a micro-batch may be, how many clients fit a wave.
+
+Kept in the model cache and with the run: another plan rounds otherwise, so a run that goes on must not measure again.
+"""
+
+import hashlib
+import json
+import logging
+import platform
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+
+from clients.plan import Plan
+from clients.prefix import Shortcut
+from fedpeft.ledger import write_text
+from fedpeft.models.score import losses
+from fedpeft.models.tiny import cache
+from fedpeft.tensors import Tensors
+
+POOL = 8192  # tokens of a wave's step on a CPU: enough for full micro-batches of every length
+MOST = 2048  # padded tokens of a micro-batch on a CPU; speed is flat from 500 and falls past 16,000
+GPU_FIRST, GPU_MOST = 8192, 1 << 20  # tokens: where the probe of a GPU begins and ends
+SHARE = 0.25  # of free memory that a wave's tensors and activations may take
+
+
+def measured(way: Shortcut, start: Tensors, *, batch: int) -> Plan:
+    """The plan for this model, adapter and machine: from the cache, or measured in less than two seconds."""
+    folder = cache()
+    folder.mkdir(parents=True, exist_ok=True)
+    place = folder / f"plan-{_key(way)}.json"
+    with FileLock(f"{place}.lock"):
+        if place.exists():
+            facts = json.loads(place.read_text())
+        else:
+            facts = _probe(way, start)
+            write_text(place, json.dumps(facts) + "\n")
+    return Plan(facts["fixed"], facts["tokens"], _wave(way, start, facts["tokens"], batch))
+
+
+def _key(way: Shortcut) -> str:
+    base = way.stack.adapted.base
+    device = torch.cuda.get_device_name(base.device) if base.device.type == "cuda" else f"{platform.processor()} {torch.get_num_threads()}"
+    layers = sorted((path, sorted(layer._names)) for path, layer in way.stack.layers.items())
+    text = json.dumps([base.fingerprint, base.task, device, torch.__version__, way.below, way.tail, layers])
+    return hashlib.blake2b(text.encode(), digest_size=10).hexdigest()
+
+
+def _probe(way: Shortcut, start: Tensors) -> dict[str, int]:
+    lengths = way.examples.lengths()
+    typical = int(lengths.double().median())
+    row = int((lengths - typical).abs().argmin())
+    on_gpu = way.stack.adapted.base.device.type == "cuda"
+    few, many = 1, max(2, (GPU_FIRST if on_gpu else 512) // typical)
+    small, large = (_seconds(way, start, row, count) for count in (few, many))
+    each = max((large - small) / ((many - few) * typical), 1e-9)
+    fixed = max(small / each - typical, 1.0)
+    made = {"fixed": 1 << min(round(fixed).bit_length(), 14), "tokens": MOST}  # a power of two: noise seldom changes it
+    if on_gpu:
+        made["tokens"] = _largest(way, start, row, typical)
+    return made
+
+
+def _seconds(way: Shortcut, start: Tensors, row: int, count: int) -> float:
+    """The fastest of three passes over `count` copies of one example, each with a client of its own or one of four."""
+    stack, base = way.stack, way.stack.adapted.base
+    rows = torch.full((count,), row)
+    best = float("inf")
+    with stack.on():
+        way.fill(torch.tensor([row]))
+        stack.load([start] * min(count, 4))
+        owner = torch.arange(count, device=base.device) % min(count, 4)
+        for value in stack.clients.values.values():
+            value.requires_grad_(value.is_floating_point())
+        with way.on():
+            for _ in range(3):
+                _wait(base.device)
+                began = time.perf_counter()
+                stack.clients.seat(owner)
+                inputs, targets = way.batch(rows)
+                losses(base.task, stack.logits(inputs), targets.to(base.device)).sum().backward()
+                _wait(base.device)
+                best = min(best, time.perf_counter() - began)
+                if best > 0.5:
+                    break
+    if way.store is not None:
+        way.store.forget()
+    return best
+
+
+def _largest(way: Shortcut, start: Tensors, row: int, typical: int) -> int:
+    """Doubles the micro-batch of a GPU while a token gets cheaper by a twentieth and twice the memory would still fit."""
+    device = way.stack.adapted.base.device
+    tokens, rate = GPU_FIRST, float("inf")
+    while tokens <= GPU_MOST:
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        now = _seconds(way, start, row, max(1, tokens // typical)) / tokens
+        used = torch.cuda.max_memory_allocated(device) - before
+        if now > 0.95 * rate or 2 * used > SHARE * torch.cuda.mem_get_info(device)[0]:
+            break
+        tokens, rate = 2 * tokens, now
+    return max(GPU_FIRST, tokens // 2)
+
+
+def _wave(way: Shortcut, start: Tensors, tokens: int, batch: int) -> int:
+    """Clients at once: enough for a pool of micro-batches, as long as their tensors, gradients and moments fit."""
+    base = way.stack.adapted.base
+    pool = POOL if base.device.type == "cpu" else 4 * tokens
+    by_tokens = -(-pool // max(1, round(batch * float(way.examples.lengths().double().mean()))))
+    each = 5 * sum(tensor.nbytes for tensor in start.values())
+    by_memory = int(SHARE * _free(base.device) / max(each, 1))
+    found = max(1, min(by_tokens, 1 << max(by_memory, 1).bit_length() - 1, 256))
+    logging.getLogger("fedpeft").debug("waves of %d clients (%d by tokens, %d by memory)", found, by_tokens, by_memory)
+    return found
+
+
+def _free(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        with Path("/proc/meminfo").open() as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except OSError:
+        return 4 << 30
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def facts(plan: Plan) -> dict[str, int]:
+    """A plan as it stands in the manifest."""
+    return asdict(plan)

@@ -1,0 +1,182 @@
+"""Stack: an adapted model whose layers are the stacked ones of `clients.stacked`, filled and read client by client."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clients.stacked import (
+    Clients,
+    Convolution,
+    CoreProduct,
+    EmbeddingProduct,
+    Half,
+    HalfLinear,
+    Linear,
+    Norm,
+    Product,
+    Stacked,
+    Unstackable,
+    is_linear,
+)  # fmt: skip
+from fedpeft.adapters.base import Adapted, layer
+from fedpeft.tensors import Tensors, is_b, is_own
+
+
+class Stack:
+    """The stacked form of an adapted base: `with stack.on():` the base's module computes with the tensors in `clients`.
+
+    Raises `Unstackable` for an adapter that trains something no stacked layer holds. `half`: frozen products run in bfloat16.
+    """
+
+    def __init__(self, adapted: Adapted, *, half: bool = False) -> None:
+        self.adapted, self.clients = adapted, Clients()
+        self.layers: dict[str, Stacked] = {}  # path in the module -> what computes there
+        self._swaps: list[tuple[nn.Module, str, nn.Module]] = []
+        module, own = adapted.base.module, _owners(adapted)
+        for path, parts in own.items():
+            inner = layer(module, path)
+            made = _made(self.clients, inner, parts, product=path in adapted.products)
+            self.layers[path] = made
+            self._swap(path, made)
+        if half:
+            self._halve()
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        """Puts the stacked layers in, and the model's own back."""
+        before = [(parent, name, parent._modules[name]) for parent, name, _ in self._swaps]
+        config: Any = self.adapted.base.module.config
+        caches = getattr(config, "use_cache", None)
+        try:
+            if caches:  # keys and values kept for generation are memory for nothing here
+                config.use_cache = False
+            for parent, name, made in self._swaps:
+                parent._modules[name] = made
+            yield
+        finally:
+            for parent, name, inner in before:
+                parent._modules[name] = inner
+            if caches:
+                config.use_cache = caches
+
+    def load(self, starts: Sequence[Tensors], scales: Sequence[Mapping[str, float]] | None = None) -> None:
+        """Fills the stack with the clients' boundary tensors; a smaller rank is padded with zeros.
+
+        `scales` are the clients' own factors of B where they differ from the adapter's. Raises `ValueError` for a tensor that does not fit.
+        """
+        device, own = self.adapted.base.device, self.adapted.parameters
+        scales = scales or [self.adapted.scales] * len(starts)
+        for name, parameter in own.items():
+            rows = [_fitting(start, name, parameter) / scale.get(name, 1.0) for start, scale in zip(starts, scales, strict=True)]
+            shape = [max(sizes) for sizes in zip(*(row.shape for row in rows), strict=True)]
+            stacked = torch.zeros(len(rows), *shape, dtype=parameter.dtype)
+            for into, row in zip(stacked, rows, strict=True):
+                into[tuple(slice(size) for size in row.shape)] = row
+            self.clients.values[name] = stacked.to(device)
+            factors = torch.tensor([scale.get(name, 1.0) for scale in scales], dtype=parameter.dtype)
+            if is_b(name) and bool((factors != 1).any()):
+                self.clients.scales[name] = factors.to(device)
+            else:
+                self.clients.scales.pop(name, None)
+
+    def check(self, start: Tensors) -> None:
+        """Raises `ValueError` for a tensor that is missing or does not fit."""
+        for name, parameter in self.adapted.parameters.items():
+            _fitting(start, name, parameter)
+
+    def read(self, client: int, start: Tensors, scales: Mapping[str, float] | None = None) -> Tensors:
+        """The boundary tensors of one row, in the shapes of `start`, on the CPU."""
+        scales = self.adapted.scales if scales is None else scales
+        made = {}
+        for name in self.adapted.parameters:
+            value = self.clients.values[name][client].detach()[tuple(slice(size) for size in start[name].shape)]
+            made[name] = (value * scales.get(name, 1.0)).cpu().clone()
+        return made
+
+    def logits(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The model's logits for the seated samples."""
+        there = {name: tensor.to(self.adapted.base.device) for name, tensor in inputs.items()}
+        out: Tensor = self.adapted.base.module(**there).logits
+        return out
+
+    def _swap(self, path: str, made: nn.Module) -> None:
+        parent, _, name = path.rpartition(".")
+        self._swaps.append((self.adapted.base.module.get_submodule(parent), name, made))
+
+    def _halve(self) -> None:
+        """bfloat16 copies of every frozen linear weight that a product runs over."""
+        for path, inner in list(self.adapted.base.module.named_modules()):
+            if path in self.layers or path.removesuffix(".base_layer") in self.layers or not is_linear(inner):
+                continue
+            if inner.weight.dtype == torch.float32 and not any(p.startswith(f"{path}.") for p in self.layers):
+                self._swap(path, HalfLinear(inner))
+        for made in self.layers.values():
+            if isinstance(made, Product):
+                made.halved = Half()
+
+
+def _owners(adapted: Adapted) -> dict[str, dict[str, str]]:
+    """Layer -> part -> name, for every tensor of the adapter. Raises `Unstackable` where a tensor has no layer of its own."""
+    places: dict[int, list[str]] = {}
+    for path, inner in adapted.base.module.named_modules():
+        for part, parameter in inner._parameters.items():
+            if parameter is not None:
+                places.setdefault(id(parameter), []).append(f"{path}.{part}")
+    own: dict[str, dict[str, str]] = {}
+    for name, parameter in adapted.parameters.items():
+        target = name.rpartition(".")[0]
+        if target in adapted.products:
+            own.setdefault(target, {})[name.rpartition(".")[2]] = name
+            continue
+        found = places.get(id(parameter), [])
+        if len(found) != 1:
+            raise Unstackable(f"{name} {'is shared by several layers' if found else 'is no weight or bias of a layer'}")
+        path, _, part = found[0].rpartition(".")
+        own.setdefault(path, {})[part] = name
+    return own
+
+
+def _made(clients: Clients, inner: nn.Module, parts: Mapping[str, str], *, product: bool) -> Stacked:
+    """The stacked layer for the tensors `parts` of a layer."""
+    kind = type(inner).__name__
+    if product:
+        if set(parts) == {"A", "R", "B"} and is_linear(inner):
+            return CoreProduct(clients, inner, parts)
+        if set(parts) != {"A", "B"}:
+            raise Unstackable(f"{kind} trains {', '.join(sorted(parts))} beside its product")
+        if isinstance(inner, nn.Embedding):
+            return EmbeddingProduct(clients, inner, parts)
+        if is_linear(inner):
+            return Product(clients, inner, parts)
+        raise Unstackable(f"a product on a {kind}")
+    if parts.keys() <= {"weight", "bias"}:
+        if is_linear(inner):
+            return Linear(clients, inner, parts)
+        if isinstance(inner, nn.LayerNorm) or kind.endswith("RMSNorm"):
+            return Norm(clients, inner, parts)
+        if isinstance(inner, nn.Conv2d) and set(parts) == {"bias"}:
+            return Convolution(clients, inner, parts)
+    raise Unstackable(f"{' and '.join(sorted(parts))} of a {kind}, for which there is no stacked layer")
+
+
+def _fitting(start: Tensors, name: str, like: Tensor) -> Tensor:
+    """A client's tensor; its rank may be any, every other size is the adapter's."""
+    if name not in start:
+        raise ValueError(f"{name} was neither sent nor kept; do server and client use the same adapter=?")
+    tensor = start[name]
+    free = {".A": (0,), ".B": (1,), ".R": (0, 1)}.get(name[-2:], ())
+    if tensor.dim() != like.dim() or any(i not in free and a != b for i, (a, b) in enumerate(zip(tensor.shape, like.shape, strict=True))):
+        raise ValueError(
+            f"{name} is {tuple(tensor.shape)}, the adapter here has {tuple(like.shape)}; do server and client use the same rank and model?"
+        )
+    return tensor.to(like.dtype)
+
+
+def check_names(start: Tensors, adapted: Adapted) -> None:
+    """Raises `ValueError` for a tensor that this adapter does not have; names with a slash belong to a strategy."""
+    for name in start:
+        if not is_own(name) and name not in adapted.parameters:
+            raise ValueError(f"{name} is not a tensor of this adapter; do server and client use the same adapter= and model=?")

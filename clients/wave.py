@@ -1,0 +1,272 @@
+"""The wave: many clients trained in one pass over one frozen base. Equal to `clients.train` one client at a time, up to rounding.
+
+Each step pools the next batch of every client that has one, cuts the pool into micro-batches by length, adds up w_i * loss_i with
+w_i = 1 / (the client's batch), and steps all clients' optimizers at once. No sample of one client touches a tensor of another.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from clients.optim import Descent
+from clients.plan import Plan
+from clients.prefix import Shortcut
+from clients.stack import check_names
+from clients.train import Job, batches, check_finite, finished
+from fedpeft.lowrank import LowRank
+from fedpeft.messages import Update
+from fedpeft.models.score import Score, hits, losses
+from fedpeft.strategy import Phase
+from fedpeft.tensors import Tensors
+
+Done = tuple[Update, Tensors] | ValueError
+Noise = Callable[[int, int], Tensor]  # (client, how many) -> that many independent standard normal numbers
+
+
+@dataclass(frozen=True)
+class Private:
+    """Clipped and noised sums of per-example gradients (Abadi et al., CCS 2016, algorithm 1), for every client of a wave alike.
+
+    Each example's gradient over all trained tensors together is clipped to `clip`; noise of standard deviation `noise_multiplier * clip` is
+    added to a client's sum; the sum is divided by `expected`, the expected and not the drawn size of a batch.
+    """
+
+    clip: float
+    expected: float
+    noise_multiplier: float = 0.0
+    noise: Noise | None = None
+
+    def __post_init__(self) -> None:
+        if not (self.clip > 0 and self.expected > 0 and self.noise_multiplier >= 0):
+            raise ValueError(f"needed are a clip and an expected batch above 0 and a noise multiplier of at least 0, got {self}")
+        if self.noise_multiplier and self.noise is None:
+            raise ValueError(f"noise_multiplier={self.noise_multiplier} needs a source of noise")
+
+
+def poisson(rows: Tensor, rate: float, steps: int, rng: torch.Generator) -> list[Tensor]:
+    """`steps` batches in which each row lies with probability `rate`, independently; a batch may be empty."""
+    return [rows[torch.rand(len(rows), generator=rng, dtype=torch.float64) < rate] for _ in range(steps)]
+
+
+@dataclass(frozen=True)
+class Wave:
+    """What trains a wave: a way through the stacked model, and how its samples are cut."""
+
+    way: Shortcut
+    plain: Shortcut  # the whole model: for a `base_delta` below the lowest adapter
+    plan: Plan
+    private: Private | None = None
+    draw: Callable[[Job], list[Tensor]] = field(default=lambda job: list(batches(job.rows, job.work, job.rng)))
+
+    def train(self, phase: Phase, jobs: Sequence[Job], *, round: int) -> list[Done]:
+        """Each job's update and memory, or the `ValueError` that it alone raised. All jobs have one `base_delta`."""
+        began = time.perf_counter()
+        good, results = self._loadable(jobs)
+        if good:
+            with self._open(good) as (way, starts):
+                moving = [name for name, p in way.stack.adapted.parameters.items() if phase.trains(name) and p.is_floating_point()]
+                run = _Run(way, self.plan, phase, good, starts, moving, self.private, self.draw)
+                seen = run.gradient() if phase.work == "gradient" else run.descend()
+                seconds = (time.perf_counter() - began) / len(good)
+                for k, job in enumerate(good):
+                    results[job.client] = _result(phase, job, way.stack.read(k, starts[k], job.scales), seen[k], seconds, round)
+        return [results[job.client] for job in jobs]
+
+    def score(self, jobs: Sequence[Job], weights: Sequence[Tensor]) -> list[Score | ValueError]:
+        """How each job's own model does on its rows of `way.examples`, weighted by `weights` (one number a row)."""
+        good, failed = self._loadable(jobs)
+        shares = {job.client: weight for job, weight in zip(jobs, weights, strict=True)}
+        if not good:
+            return [fault for fault in failed.values() if isinstance(fault, ValueError)]
+        with self._open(good) as (way, _), torch.no_grad():
+            found = dict(zip((job.client for job in good), _scores(way, self.plan, good, shares), strict=True))
+        return [found[job.client] if job.client in found else _fault(failed[job.client]) for job in jobs]
+
+    def _loadable(self, jobs: Sequence[Job]) -> tuple[list[Job], dict[int, Done]]:
+        """The jobs whose tensors fit the adapter, and what is wrong with the others."""
+        good: list[Job] = []
+        bad: dict[int, Done] = {}
+        for job in jobs:
+            try:
+                check_names(job.start, self.way.stack.adapted)
+                self.way.stack.check(job.start)
+                good.append(job)
+            except ValueError as fault:
+                bad[job.client] = fault
+        return good, bad
+
+    @contextmanager
+    def _open(self, jobs: Sequence[Job]) -> Iterator[tuple[Shortcut, list[Tensors]]]:
+        """The model with the clients' tensors in it."""
+        delta = jobs[0].broadcast.base_delta
+        way = self.way if self._above(delta) else self.plain
+        starts = [job.start for job in jobs]
+        adapted = way.stack.adapted
+        with adapted.shifted(delta), way.stack.on():
+            for job in jobs:
+                way.fill(job.rows)
+            way.stack.load(starts, [adapted.scales if job.scales is None else job.scales for job in jobs])
+            with way.on():
+                yield way, starts
+
+    def _above(self, delta: Sequence[Mapping[str, LowRank]]) -> bool:
+        """True if what is added to the base touches no layer below the lowest adapter."""
+        return all(target in self.way.stack.layers for chunk in delta for target in chunk)
+
+
+@dataclass
+class _Run:
+    """One wave on its way."""
+
+    way: Shortcut
+    plan: Plan
+    phase: Phase
+    jobs: Sequence[Job]
+    starts: list[Tensors]
+    moving: list[str]
+    private: Private | None
+    draw: Callable[[Job], list[Tensor]]
+
+    def __post_init__(self) -> None:
+        clients = self.way.stack.clients
+        for name, value in clients.values.items():
+            value.requires_grad_(name in self.moving)
+        self.values = {name: clients.values[name] for name in self.moving}
+
+    def descend(self) -> list[list[float]]:
+        """Local training; the mean loss of every batch of every client."""
+        drawn = [self.draw(job) for job in self.jobs]
+        steps = torch.tensor([len(each) for each in drawn])
+        descent = Descent(self.values, [job.work for job in self.jobs])
+        here = self._starts_there() if self.phase.loss else []
+        seen: list[Tensor] = []
+        for t in range(int(steps.max())):
+            active = steps > t
+            picked = [(k, drawn[k][t]) for k in active.nonzero()[:, 0].tolist()]
+            loss = self._accumulate(picked)
+            seen.append(loss)
+            grads = self._grads()
+            if self.phase.loss:
+                grads = self._with_term(grads, here, [k for k, _ in picked])
+            descent.step(grads, active)
+        table = torch.stack(seen, 1).cpu()
+        return [row[: int(many)].tolist() for row, many in zip(table, steps, strict=True)]
+
+    @torch.no_grad()
+    def gradient(self) -> list[list[float]]:
+        """One step of rate 1 along the gradient of each client's mean loss over all its rows, in boundary values."""
+        with torch.enable_grad():
+            loss = self._accumulate([(k, job.rows) for k, job in enumerate(self.jobs)])
+        scales = self.way.stack.clients.scales
+        for name, grad in self._grads().items():
+            factor = scales.get(name)
+            square = 1.0 if factor is None else factor.square().view(-1, *[1] * (grad.dim() - 1))
+            self.values[name].sub_(grad / square)  # dL/d(s p) = dL/dp / s, and p = value / s
+        return [[value] for value in loss.cpu().tolist()]
+
+    def _accumulate(self, picked: list[tuple[int, Tensor]]) -> Tensor:
+        """Adds the gradients of all picked batches up, or their clipped sums; (K,) mean loss of each client, float64."""
+        device = self.way.stack.adapted.base.device
+        for value in self.values.values():
+            value.grad = None
+        self._sums = {name: torch.zeros_like(value) for name, value in self.values.items()} if self.private else {}
+        loss = torch.zeros(len(self.jobs), dtype=torch.float64, device=device)
+        rows = torch.cat([some for _, some in picked])
+        owner = torch.cat([torch.full((len(some),), k) for k, some in picked])
+        share = torch.cat([torch.full((len(some),), 1 / max(len(some), 1), dtype=torch.float64) for _, some in picked])
+        for cut in self.plan.cut(self.way.examples.lengths()[rows]) if len(rows) else []:
+            whose, part = owner[cut].to(device), share[cut].to(device)
+            self.way.stack.clients.seat(whose, alone=self.moving if self.private else None)
+            inputs, targets = self.way.batch(rows[cut])
+            each = losses(self.way.stack.adapted.base.task, self.way.stack.logits(inputs), targets.to(device))
+            if self.private:
+                each.sum().backward()
+                self._add_clipped(whose)
+            else:
+                (each * part.to(each.dtype)).sum().backward()
+            loss.index_add_(0, whose, each.detach().double() * part)
+        return loss
+
+    @torch.no_grad()
+    def _add_clipped(self, whose: Tensor) -> None:
+        assert self.private is not None
+        grads = self.way.stack.clients.grads_alone(self.moving)
+        norm = torch.stack([grad.flatten(1).double().square().sum(1) for grad in grads.values()]).sum(0).sqrt()
+        factor = (self.private.clip / (norm + 1e-6)).clamp(max=1.0)
+        broken = ~norm.isfinite()
+        for name, grad in grads.items():
+            if broken.any():
+                grad[broken] = 0.0
+            scaled = grad.mul_(factor.nan_to_num(0.0).to(grad.dtype).view(-1, *[1] * (grad.dim() - 1)))
+            self._sums[name].index_add_(0, whose, scaled)
+
+    def _grads(self) -> Tensors:
+        if self.private is None:
+            return {name: torch.zeros_like(value) if value.grad is None else value.grad for name, value in self.values.items()}
+        if self.private.noise_multiplier:
+            assert self.private.noise is not None
+            size = sum(value[0].numel() for value in self.values.values())
+            for k, job in enumerate(self.jobs):
+                self._add_noise(k, self.private.noise(job.client, size))
+        return {name: total.div_(self.private.expected) for name, total in self._sums.items()}
+
+    def _add_noise(self, k: int, drawn: Tensor) -> None:
+        """Adds one client's noise; entries that pad a smaller rank get none, they are no part of its adapter."""
+        assert self.private is not None
+        at = 0
+        for name, total in self._sums.items():
+            shape = self.starts[k][name].shape
+            many = shape.numel()
+            part = drawn[at : at + many].view(shape).to(total.device, total.dtype)
+            total[k][tuple(slice(size) for size in shape)].add_(part, alpha=self.private.noise_multiplier * self.private.clip)
+            at += many
+
+    def _starts_there(self) -> list[Tensors]:
+        device = self.way.stack.adapted.base.device
+        return [{name: tensor.to(device) for name, tensor in start.items()} for start in self.starts]
+
+    def _with_term(self, grads: Tensors, here: list[Tensors], active: list[int]) -> Tensors:
+        """The gradients with those of the phase's own term, which sees each client's boundary tensors."""
+        assert self.phase.loss is not None
+        rows = {name: value.unbind(0) for name, value in self.values.items()}
+        scales = [self.jobs[k].scales or self.way.stack.adapted.scales for k in range(len(self.jobs))]
+        terms = []
+        for k in active:
+            shapes = {name: tuple(slice(size) for size in self.starts[k][name].shape) for name in self.moving}
+            now = {name: rows[name][k][shapes[name]] * scales[k].get(name, 1.0) for name in self.moving}
+            terms.append(self.phase.loss(now, here[k]))
+        more = torch.autograd.grad(torch.stack(terms).sum(), list(self.values.values()), allow_unused=True)
+        return {name: grads[name] if add is None else grads[name] + add for name, add in zip(self.moving, more, strict=True)}
+
+
+def _result(phase: Phase, job: Job, end: Tensors, seen: list[float], seconds: float, round: int) -> Done:
+    try:
+        check_finite(seen, job.client, round)
+        return finished(phase, job, end, seen, len(seen), seconds)
+    except ValueError as fault:
+        return fault
+
+
+def _scores(way: Shortcut, plan: Plan, jobs: Sequence[Job], shares: Mapping[int, Tensor]) -> list[Score]:
+    task, device = way.stack.adapted.base.task, way.stack.adapted.base.device
+    rows = torch.cat([job.rows for job in jobs])
+    owner = torch.cat([torch.full((len(job.rows),), k) for k, job in enumerate(jobs)])
+    weight = torch.cat([shares[job.client].double() for job in jobs])
+    sums = torch.zeros(3, len(jobs), dtype=torch.float64)
+    for cut in plan.cut(way.examples.lengths()[rows]):
+        way.stack.clients.seat(owner[cut].to(device))
+        inputs, targets = way.batch(rows[cut])
+        logits, targets = way.stack.logits(inputs), targets.to(device)
+        w = weight[cut]
+        for into, each in zip(sums, (losses(task, logits, targets), hits(task, logits, targets), torch.ones(len(cut))), strict=True):
+            into.index_add_(0, owner[cut], each.double().cpu() * w)
+    return [Score(float(loss / total), float(right / total), len(job.rows)) for loss, right, total, job in zip(*sums, jobs, strict=True)]
+
+
+def _fault(done: Done) -> ValueError:
+    assert isinstance(done, ValueError)
+    return done
