@@ -13,7 +13,8 @@ import pytest
 from fedpeft.config import app_folder
 
 BIN = Path(sys.executable).parent
-RUN = "rounds=2 clients=4 cohort=4 train.steps=2 model.epochs=1 evaluate.head_only=false"
+# A Ray actor trains one client at a time.
+RUN = "engine.wave=1 rounds=2 clients=4 cohort=4 train.steps=2 model.epochs=1 evaluate.head_only=false"
 
 
 @pytest.fixture

@@ -1,0 +1,1 @@
+"""Privacy: what hides a client or an example."""

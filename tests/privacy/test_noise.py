@@ -1,0 +1,31 @@
+"""Noise is normal, and nobody's to draw again."""
+
+import pytest
+import torch
+from scipy import stats
+
+from fedpeft.privacy.noise import PIECE, SecretNoise
+
+pytestmark = pytest.mark.fast
+
+
+def test_a_million_draws_are_standard_normal_and_uncorrelated() -> None:
+    drawn = SecretNoise().normal(1_000_001).double()
+    assert len(drawn) == 1_000_001
+    assert torch.isfinite(drawn).all()
+    assert stats.kstest(drawn.numpy(), "norm").pvalue > 1e-6  # fails for one honest stream in a million
+    for lag in (1, PIECE // 2, PIECE):
+        assert abs(float((drawn[lag:] * drawn[:-lag]).mean())) < 6e-3
+    assert float(drawn.abs().max()) > 4
+
+
+def test_two_streams_and_two_draws_differ() -> None:
+    one, other = SecretNoise(), SecretNoise()
+    first = one.normal(64)
+    assert not torch.equal(first, other.normal(64))
+    assert not torch.equal(first, one.normal(64))
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 7])
+def test_any_number_of_draws(size: int) -> None:
+    assert SecretNoise().normal(size).shape == (size,)
