@@ -79,7 +79,7 @@ class Engine:
             return None
         start = self.adapted.read()
         try:
-            stack = Stack(self.adapted, half=self.options.bf16)
+            stack = Stack(self.adapted, half=self.options.bf16, checkpointing=self.options.checkpointing)
             whole = plain(stack, self.examples)
             check(stack, whole, start, loose=self.options.bf16)
         except Unstackable as why:

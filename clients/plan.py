@@ -27,8 +27,8 @@ class Plan:
         for first, last in _path(sizes, counts, self.fixed):
             many, size = int(counts[first:last].sum()), int(sizes[last - 1])
             begin = int(counts[:first].sum())
-            parts = max(1, -(-many * size // self.tokens))
-            made += list(order[begin : begin + many].chunk(parts))
+            most = max(1, self.tokens // size)
+            made += list(order[begin : begin + many].chunk(-(-many // most)))
         return made
 
 

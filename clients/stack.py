@@ -28,11 +28,13 @@ from fedpeft.tensors import Tensors, is_b, is_own
 class Stack:
     """The stacked form of an adapted base: `with stack.on():` the base's module computes with the tensors in `clients`.
 
-    Raises `Unstackable` for an adapter that trains something no stacked layer holds. `half`: frozen products run in bfloat16.
+    `half`: frozen products run in bfloat16. `checkpointing`: layers are recomputed in the backward pass. Raises `Unstackable` for an
+    adapter that trains something no stacked layer holds.
     """
 
-    def __init__(self, adapted: Adapted, *, half: bool = False) -> None:
+    def __init__(self, adapted: Adapted, *, half: bool = False, checkpointing: bool = False) -> None:
         self.adapted, self.clients = adapted, Clients()
+        self._checkpointing = checkpointing
         self.layers: dict[str, Stacked] = {}  # path in the module -> what computes there
         self._swaps: list[tuple[nn.Module, str, nn.Module]] = []
         module, own = adapted.base.module, _owners(adapted)
@@ -48,9 +50,16 @@ class Stack:
     def on(self) -> Iterator[None]:
         """Puts the stacked layers in, and the model's own back."""
         before = [(parent, name, parent._modules[name]) for parent, name, _ in self._swaps]
-        config: Any = self.adapted.base.module.config
+        model: Any = self.adapted.base.module
+        config = model.config
         caches = getattr(config, "use_cache", None)
+        recomputed = []
         try:
+            if self._checkpointing:
+                _recompute(model, "enable", {"use_reentrant": False})
+                recomputed = [inner for inner in model.modules() if getattr(inner, "gradient_checkpointing", False)]
+                for inner in recomputed:
+                    inner.training = True  # itself alone: what it holds stays without dropout
             if caches:  # keys and values kept for generation are memory for nothing here
                 config.use_cache = False
             for parent, name, made in self._swaps:
@@ -61,6 +70,10 @@ class Stack:
                 parent._modules[name] = inner
             if caches:
                 config.use_cache = caches
+            if self._checkpointing:
+                for inner in recomputed:
+                    inner.training = False
+                _recompute(model, "disable")
 
     def load(self, starts: Sequence[Tensors], scales: Sequence[Mapping[str, float]] | None = None) -> None:
         """Fills the stack with the clients' boundary tensors; a smaller rank is padded with zeros.
@@ -116,6 +129,11 @@ class Stack:
         for made in self.layers.values():
             if isinstance(made, Product):
                 made.halved = Half()
+
+
+def _recompute(model: Any, what: str, *arguments: Any) -> None:
+    """transformers 5.23 calls it activation checkpointing, 5.17 gradient checkpointing."""
+    getattr(model, f"activation_checkpointing_{what}", getattr(model, f"gradient_checkpointing_{what}"))(*arguments)
 
 
 def _owners(adapted: Adapted) -> dict[str, dict[str, str]]:

@@ -68,24 +68,23 @@ class Tokens:
 
     def lengths(self) -> Tensor:
         """Tokens of each row."""
+        return self._sizes
+
+    @cached_property
+    def _sizes(self) -> Tensor:
         return self.ends.diff(prepend=self.ends.new_zeros(1))
 
     def batch(self, rows: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """`input_ids`, `attention_mask` (and `token_type_ids`), and classes or token targets."""
-        sizes = self.lengths()[rows]
+        sizes = self._sizes[rows].unsqueeze(1)
         width = int(sizes.max())
-        ids = torch.full((len(rows), width), self.padding, dtype=torch.long)
-        mask = torch.zeros(len(rows), width, dtype=torch.long)
-        types = torch.zeros(len(rows), width, dtype=torch.long)
-        for i, (end, size) in enumerate(zip(self.ends[rows].tolist(), sizes.tolist(), strict=True)):
-            place = slice(width - size, width) if self.left else slice(0, size)
-            ids[i, place] = self.ids[end - size : end].long()
-            mask[i, place] = 1
-            if self.types is not None:
-                types[i, place] = self.types[end - size : end].long()
+        at = torch.arange(width) - (width - sizes if self.left else 0)
+        there = ((at >= 0) & (at < sizes)).expand(len(rows), width)
+        place = (self.ends[rows].unsqueeze(1) - sizes + at).clamp(0, len(self.ids) - 1)
+        ids, mask = self.ids[place].long().where(there, self.padding), there.long()
         inputs = {"input_ids": ids, "attention_mask": mask}
         if self.types is not None:
-            inputs["token_type_ids"] = types
+            inputs["token_type_ids"] = self.types[place].long().where(there, 0)
         return inputs, ids.masked_fill(mask == 0, -100) if self.predicts else self.labels[rows]
 
 

@@ -414,6 +414,22 @@ def test_kept_layers_equal_the_whole_model_to_rounding(memory: int, tiny, exampl
     assert float((got - want).abs().max()) < 1e-12
 
 
+@pytest.mark.parametrize("kind", ["bert", "vit", "gpt2", "llama_classifier"])
+def test_recomputed_layers_give_the_same_and_are_really_recomputed(kind: str, tiny, examples) -> None:
+    base: Base = tiny(kind)
+    adapted, data = Lora(rank=3).attach(base, seed=0), examples(base)
+    start = adapted.read()
+    want = [train(adapted, PLAIN, data, job, round=0) for job in jobs(start)]
+    calls = {False: 0, True: 0}
+    for checkpointing in (False, True):
+        way = plain(Stack(adapted, checkpointing=checkpointing), data)
+        first = next(inner for path, inner in way.stack.layers.items() if path.endswith(QV[kind][0]))  # a layer's last are not run again
+        first.register_forward_hook(lambda *_, on=checkpointing: calls.update({on: calls[on] + 1}))
+        assert farthest(Wave(way, way, Plan(6, 40, 8)).train(PLAIN, jobs(start), round=0), want) < 1e-10
+    assert calls[True] == 2 * calls[False]
+    assert not any(inner.training for inner in base.module.modules())
+
+
 @pytest.mark.parametrize("kind", ["bert", "llama_classifier"])
 def test_bfloat16_products_are_near_and_only_where_asked(kind: str, tiny, examples) -> None:
     base: Base = tiny(kind, torch.float32)

@@ -1,0 +1,71 @@
+"""Lanes give the answers of one process, share its memory, and end when they should."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from clients.lanes import Lanes
+
+
+def test_every_order_is_answered_once_whatever_the_number_of_lanes() -> None:
+    for count in (1, 2, 5):
+        with Lanes(lambda order: (order**2, os.getpid()), count) as lanes:
+            for _ in range(2):
+                answers = dict(lanes.map(range(7)))
+                assert [answers[at][0] for at in range(7)] == [at**2 for at in range(7)]
+                assert (os.getpid() in {pid for _, pid in answers.values()}) == (count == 1)
+    assert not multiprocessing.active_children()
+
+
+def test_what_the_disk_says_reaches_the_parent_as_it_was() -> None:
+    def full(order: int) -> None:
+        raise OSError(28, "No space left on device", "there")
+
+    with Lanes(full, 2) as lanes, pytest.raises(OSError, match="No space left") as caught:
+        list(lanes.map([1, 2]))
+    assert (caught.value.errno, caught.value.filename) == (28, "there")
+
+
+def test_a_lane_that_dies_is_said() -> None:
+    def die(order: int) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with Lanes(die, 2) as lanes, pytest.raises(OSError, match=r"exit code -9, killed, perhaps for want of memory: set engine\.lanes=1"):
+        list(lanes.map([1, 2]))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux to end children with their parent")
+def test_lanes_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    program = f"""
+import os, time
+from clients.lanes import Lanes
+def work(order):
+    open({str(tmp_path)!r} + f"/{{os.getpid()}}", "w").close()
+    time.sleep(60)
+with Lanes(work, 2) as lanes:
+    list(lanes.map([1, 2]))
+"""
+    parent = subprocess.Popen([sys.executable, "-c", program], cwd=Path(__file__).parents[2])
+    until = time.monotonic() + 60
+    while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < until:
+        time.sleep(0.05)
+    pids = [int(path.name) for path in tmp_path.iterdir()]
+    assert len(pids) == 2
+    parent.kill()
+    parent.wait()
+    while any(running(pid) for pid in pids):
+        assert time.monotonic() < until, "a lane outlived its parent"
+        time.sleep(0.05)
+
+
+def running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
