@@ -156,7 +156,7 @@ def shortcut(stack: Stack, examples: Examples, *, memory: int, disk: int, folder
     family = _family(stack)
     if family is None:
         return plain(stack, examples)
-    tail = stack.adapted.base.task != "language"
+    tail = stack.adapted.base.task != "language" and stack.adapted.dropout is None  # a mask goes by position, a cut row has none
     layers = _layers(stack, family)
     below = _below(stack, family, len(layers))
     store = None

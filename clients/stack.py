@@ -43,6 +43,10 @@ class Stack:
             made = _made(self.clients, inner, parts, product=path in adapted.products)
             self.layers[path] = made
             self._swap(path, made)
+        for number, path in enumerate(sorted(adapted.products)):
+            made = self.layers[path]
+            if adapted.dropout is not None and isinstance(made, Product):
+                made.dropout = (adapted.dropout, number)
         if half:
             self._halve()
 

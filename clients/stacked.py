@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedpeft.adapters.base import is_transposed
+from fedpeft.adapters.dropout import Keys, factors
 from fedpeft.tensors import Tensors
 
 
@@ -97,21 +98,22 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, half: Tensor | None,
-        A: Tensor, B: Tensor, index: Tensor | None, s: Tensor | None,
+        A: Tensor, B: Tensor, index: Tensor | None, s: Tensor | None, kept: Tensor | None,
     ) -> Tensor:  # fmt: skip
         y = frozen_forward(x, weight, bias, transposed, half)
         mine_a, mine_b = (A, B) if index is None else (A.index_select(0, index), B.index_select(0, index))
         inner = x.to(A.dtype)
+        inner = inner if kept is None else inner * kept
         h = torch.bmm(inner, mine_a.mT)
         h = h if s is None else h.mul_(s)
         y = y.baddbmm_(h, mine_b.mT) if y.dtype == A.dtype else y.to(A.dtype).baddbmm_(h, mine_b.mT).to(y.dtype)
-        ctx.save_for_backward(inner, h, weight, half, mine_a, mine_b, index, s)
+        ctx.save_for_backward(inner, h, weight, half, mine_a, mine_b, index, s, kept)
         ctx.facts = (transposed, x.dtype, A.shape[0])
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        inner, h, weight, half, mine_a, mine_b, index, s = ctx.saved_tensors
+        inner, h, weight, half, mine_a, mine_b, index, s, kept = ctx.saved_tensors
         transposed, dtype, rows = ctx.facts
         (g,) = grads
         wants_x, wants_a, wants_b = ctx.needs_input_grad[0], ctx.needs_input_grad[5], ctx.needs_input_grad[6]
@@ -126,8 +128,11 @@ class _Product(torch.autograd.Function):
             grad_b = _summed(torch.bmm(precise.mT, h), index, rows)
         if wants_x:
             grad_x = frozen_backward(g, weight, transposed, half)
+            if kept is not None:
+                grad_x = grad_x + (torch.bmm(gh, mine_a) * kept).to(grad_x.dtype)
+                return grad_x, None, None, None, None, grad_a, grad_b, None, None, None
             grad_x = grad_x.baddbmm_(gh, mine_a) if grad_x.dtype == gh.dtype else grad_x.to(gh.dtype).baddbmm_(gh, mine_a).to(dtype)
-        return grad_x, None, None, None, None, grad_a, grad_b, None, None
+        return grad_x, None, None, None, None, grad_a, grad_b, None, None, None
 
 
 class _Frozen(torch.autograd.Function):
@@ -196,6 +201,7 @@ class Product(Stacked):
     """LoRA on a linear layer, stored either way round."""
 
     halved: "Half | None" = None
+    dropout: tuple[Keys, int] | None = None  # and the layer's number
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, L, in) -> (N, L, out)."""
@@ -203,8 +209,11 @@ class Product(Stacked):
         half = None if self.halved is None else self.halved.of(inner.weight)
         A, index = self._clients.of(self._names["A"])
         B, _ = self._clients.of(self._names["B"])
+        wide, kept = self._alone(x), None
+        if self.dropout is not None and self.dropout[0].present is not None:
+            kept = factors(self.dropout[0].present, self.dropout[1], wide, self.dropout[0].rate).to(A.dtype)
         y: Tensor = _Product.apply(  # type: ignore[no-untyped-call]  # torch's own
-            self._alone(x), inner.weight, inner.bias, is_transposed(inner), half, A, B, index, self._clients.scale(self._names["B"])
+            wide, inner.weight, inner.bias, is_transposed(inner), half, A, B, index, self._clients.scale(self._names["B"]), kept
         )
         made: Tensor = y.squeeze(1) if x.dim() == 2 else y
         return made

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -83,6 +84,24 @@ def batches(rows: Tensor, work: Training, rng: torch.Generator) -> Iterator[Tens
             done += 1
 
 
+def dropout_keys(job: Job) -> torch.Generator:
+    """What draws the client's dropout keys, one for each sample of each step in order; its batches have a generator of their own."""
+    return torch.Generator().manual_seed(job.rng.initial_seed() ^ 0x5DEECE66D)
+
+
+@contextmanager
+def dropping(adapted: Adapted, keys: Tensor | None) -> Iterator[None]:
+    """Drops inputs of the adapter's layers by `keys` (N,) of the samples in a batch."""
+    if adapted.dropout is None:
+        yield
+        return
+    adapted.dropout.present = keys
+    try:
+        yield
+    finally:
+        adapted.dropout.present = None
+
+
 def optimizer(moving: dict[str, nn.Parameter], work: Training) -> torch.optim.Optimizer:
     """A fresh optimizer: moments of the last round would belong to parameters the server has replaced."""
     head_lr = HEAD_RATE * work.lr if work.head_lr is None else work.head_lr
@@ -99,10 +118,11 @@ def _descend(
 ) -> list[float]:  # fmt: skip
     here = {name: tensor.to(adapted.base.device) for name, tensor in start.items()} if phase.loss else {}
     descent, work = optimizer(moving, job.work), job.work
-    seen = []
+    seen, rng = [], dropout_keys(job)
     for batch in batches(job.rows, work, job.rng):
         inputs, targets = examples.batch(batch)
-        loss = losses(adapted.base.task, adapted.logits(inputs), targets.to(adapted.base.device)).mean()
+        with dropping(adapted, torch.randint(2**31, (len(batch),), generator=rng, dtype=torch.int32) if adapted.dropout else None):
+            loss = losses(adapted.base.task, adapted.logits(inputs), targets.to(adapted.base.device)).mean()
         seen.append(loss.detach())
         if phase.loss:
             loss = loss + phase.loss({name: adapted.value(name) for name in moving}, here)

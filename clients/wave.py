@@ -16,7 +16,7 @@ from clients.optim import Descent
 from clients.plan import Plan
 from clients.prefix import Shortcut
 from clients.stack import check_names
-from clients.train import Job, batches, check_finite, finished
+from clients.train import Job, batches, check_finite, dropout_keys, dropping, finished
 from fedpeft.lowrank import LowRank
 from fedpeft.messages import Update
 from fedpeft.models.score import Score, hits, losses
@@ -143,11 +143,13 @@ class _Run:
         steps = torch.tensor([len(each) for each in drawn])
         descent = Descent(self.values, [job.work for job in self.jobs])
         here = self._starts_there() if self.phase.loss else []
+        drops, draws = self.way.stack.adapted.dropout is not None, [dropout_keys(job) for job in self.jobs]
         seen: list[Tensor] = []
         for t in range(int(steps.max())):
             active = steps > t
             picked = [(k, drawn[k][t]) for k in active.nonzero()[:, 0].tolist()]
-            loss = self._accumulate(picked)
+            keys = [torch.randint(2**31, (len(rows),), generator=draws[k], dtype=torch.int32) for k, rows in picked] if drops else []
+            loss = self._accumulate(picked, keys)
             seen.append(loss)
             grads = self._grads()
             if self.phase.loss:
@@ -168,8 +170,11 @@ class _Run:
             self.values[name].sub_(grad / square)  # dL/d(s p) = dL/dp / s, and p = value / s
         return [[value] for value in loss.cpu().tolist()]
 
-    def _accumulate(self, picked: list[tuple[int, Tensor]]) -> Tensor:
-        """Adds the gradients of all picked batches up, or their clipped sums; (K,) mean loss of each client, float64."""
+    def _accumulate(self, picked: list[tuple[int, Tensor]], keys: Sequence[Tensor] = ()) -> Tensor:
+        """Adds the gradients of all picked batches up, or their clipped sums; (K,) mean loss of each client, float64.
+
+        `keys` are those of the samples in the batches, for dropout.
+        """
         device = self.way.stack.adapted.base.device
         for value in self.values.values():
             value.grad = None
@@ -182,12 +187,11 @@ class _Run:
             whose, part = owner[cut].to(device), share[cut].to(device)
             self.way.stack.clients.seat(whose, alone=self.moving if self.private else None)
             inputs, targets = self.way.batch(rows[cut])
-            each = losses(self.way.stack.adapted.base.task, self.way.stack.logits(inputs), targets.to(device))
+            with dropping(self.way.stack.adapted, torch.cat(list(keys))[cut] if keys else None):  # layers may be run again to go back
+                each = losses(self.way.stack.adapted.base.task, self.way.stack.logits(inputs), targets.to(device))
+                (each.sum() if self.private else (each * part.to(each.dtype)).sum()).backward()
             if self.private:
-                each.sum().backward()
                 self._add_clipped(whose)
-            else:
-                (each * part.to(each.dtype)).sum().backward()
             loss.index_add_(0, whose, each.detach().double() * part)
         return loss
 

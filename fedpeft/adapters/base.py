@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from fedpeft.adapters.dropout import Keys
 from fedpeft.lowrank import LowRank
 from fedpeft.models.base import Base
 from fedpeft.tensors import Names, Tensors, is_own
@@ -37,6 +38,7 @@ class Adapted:
     scales: Mapping[str, float] = field(default_factory=dict)
     module: nn.Module | None = None  # what is called, if not the base's own module
     products: frozenset[str] = frozenset()  # layers that compute base(x) + scale * B A x, or B R A x: what the wave engine stacks
+    dropout: Keys | None = None  # of the inputs of those layers
 
     def read(self) -> Tensors:
         """Copies of all tensors, in boundary values, on the CPU."""

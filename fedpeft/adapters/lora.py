@@ -13,6 +13,7 @@ import peft
 from torch import nn
 
 from fedpeft.adapters.base import Adapted, layer
+from fedpeft.adapters.dropout import KeyedDropout, Keys
 from fedpeft.adapters.injected import NAME, attach, heads
 from fedpeft.models.base import Base
 from fedpeft.tensors import targets
@@ -37,6 +38,7 @@ class Lora:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     rslora: bool = False
     dora: bool = False
+    dropout: float = 0.0  # share of a layer's inputs that its A does not see in a step of training
 
     def attach(self, base: Base, seed: int) -> Adapted:
         """A drawn from `seed` (Kaiming uniform), B zero."""
@@ -46,8 +48,12 @@ class Lora:
         for name, alpha in {"alpha": self.alpha, **_under("alpha_pattern", self.alpha_pattern)}.items():
             if not alpha > 0:
                 raise ValueError(f"adapter.{name}={alpha}: needed is more than 0")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"adapter.dropout={self.dropout}: needed is a number in [0, 1)")
+        if self.dropout and self.dora:
+            raise ValueError(f"adapter.dropout={self.dropout}: DoRA is trained without dropout; leave it 0")
         config = peft.LoraConfig(
-            r=self.rank, lora_alpha=self.alpha, use_rslora=self.rslora, use_dora=self.dora,
+            lora_dropout=self.dropout, r=self.rank, lora_alpha=self.alpha, use_rslora=self.rslora, use_dora=self.dora,
             target_modules=list(self.targets) if isinstance(self.targets, tuple) else self.targets, exclude_modules=heads(base) or None,
             rank_pattern=dict(self.rank_pattern), alpha_pattern=dict(self.alpha_pattern),
         )  # fmt: skip
@@ -59,7 +65,19 @@ class Lora:
             raise
         if not self.dora:  # its magnitudes divide by a norm of the whole weight: no plain product
             adapted.products = frozenset(targets(adapted.parameters))
+        if self.dropout:
+            adapted.dropout = _keyed(base.module, sorted(adapted.products), self.dropout)
         return adapted
+
+
+def _keyed(module: nn.Module, layers: list[str], rate: float) -> Keys:
+    """Puts dropout by keys in the place of peft's; embeddings have none."""
+    keys = Keys(rate)
+    for number, path in enumerate(layers):
+        inner = module.get_submodule(path)
+        if not isinstance(layer(module, path), nn.Embedding):
+            inner.lora_dropout[NAME] = KeyedDropout(keys, number)  # type: ignore[index,operator,assignment]  # peft's ModuleDict
+    return keys
 
 
 def _check(lora: Lora, module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:

@@ -38,13 +38,14 @@ class Images:
 
     pixels: Tensor  # (N, C, H, W) float32
     labels: Tensor
+    positions: int = 1  # that a transformer makes of an image: what its passes cost
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def lengths(self) -> Tensor:
         """All equal."""
-        return torch.ones(len(self), dtype=torch.long)
+        return torch.full((len(self),), self.positions)
 
     def batch(self, rows: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """`pixel_values` and classes."""

@@ -78,7 +78,9 @@ def encoder(task: Task, where: str, module: Any, max_length: int, revision: str 
 
     if task == "image":
         processor = transformers.AutoImageProcessor.from_pretrained(where, revision=revision)
-        return lambda table: Images(_processed(processor, table), table.labels)
+        side, patch = getattr(module.config, "image_size", None), getattr(module.config, "patch_size", None)
+        positions = (side // patch) ** 2 + 1 if isinstance(side, int) and isinstance(patch, int) else 196
+        return lambda table: Images(_processed(processor, table), table.labels, positions)
     tokenizer = transformers.AutoTokenizer.from_pretrained(where, revision=revision)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

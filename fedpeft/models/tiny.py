@@ -9,6 +9,7 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,8 @@ class TinyViT:
             hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
             initializer_range=0.08,  # the usual 0.02 is for widths of hundreds: 0.82 instead of 0.98 after pre-training
         )  # fmt: skip
-        return _base(self, ViTForImageClassification, config, dataset, _pixels, seed, device, head="classifier.")
+        encode = partial(_pixels, positions=self.patches**2 + 1)
+        return _base(self, ViTForImageClassification, config, dataset, encode, seed, device, head="classifier.")
 
 
 @dataclass(frozen=True)
@@ -150,9 +152,9 @@ def _pretrain(module: Any, examples: Examples, dataset: Dataset, source: TinyViT
     module.eval()
 
 
-def _pixels(table: Table) -> Images:
+def _pixels(table: Table, positions: int) -> Images:
     assert isinstance(table.inputs, Tensor)
-    return Images(table.inputs, table.labels)
+    return Images(table.inputs, table.labels, positions)
 
 
 def _bytes(table: Table, most: int, predicts: bool) -> Examples:

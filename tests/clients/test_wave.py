@@ -146,6 +146,21 @@ def test_every_optimizer_gives_what_the_reference_gives(work: Training, adapted:
     check(adapted, texts, work=work)
 
 
+@pytest.mark.parametrize("kind", ["bert", "vit", "gpt2", "llama_classifier"])
+def test_dropout_is_each_clients_own_and_the_same_in_a_wave(kind: str, tiny, examples) -> None:
+    base: Base = tiny(kind)
+    adapted, data = Lora(rank=3, dropout=0.3).attach(base, seed=0), examples(base)
+    start, inputs = adapted.read(), data.batch(torch.arange(4))[0]
+    check(adapted, data)
+    adapted.fill(apart(start, 0))
+    assert torch.equal(adapted.logits(inputs), adapted.logits(inputs))  # nothing is dropped outside of training
+    (job,) = jobs(start)[:1]
+    with_it, _ = train(adapted, PLAIN, data, job, round=0)
+    adapted.undo()
+    without, _ = train(Lora(rank=3).attach(base, seed=0), PLAIN, data, jobs(start)[0], round=0)
+    assert max(float((with_it.tensors[n] - t).abs().max()) for n, t in without.tensors.items()) > 1e-4
+
+
 def test_clients_with_their_own_rates_step_at_their_own_rates(adapted: Adapted, texts: Examples) -> None:
     start = adapted.read()
     some = [replace(job, work=replace(WORK, lr=1e-3 * (job.client + 1), head_lr=None)) for job in jobs(start)]
