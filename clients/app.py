@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
+import torch
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
@@ -58,7 +59,7 @@ class Site:
     codec: Codec
     memory: Memory
     holds: bool = True  # this process answers a client's next message too, so the server need not send again what is held
-    known: Mapping[str, int] = field(default_factory=dict)  # what the run measured before
+    known: Mapping[str, float] = field(default_factory=dict)  # what the run measured before
     _held: dict[int, dict[str, Tensor]] = field(default_factory=dict)  # client -> digest -> tensor of the broadcast it answered last
     _known: WeakValueDictionary[str, Tensor] = field(default_factory=WeakValueDictionary)  # the same tensors once for all clients
 
@@ -70,9 +71,9 @@ class Site:
 
     @property
     def lanes(self) -> int:
-        """Processes that are worth having for one round."""
+        """Processes that are worth having for one round; as many as the run began with, for the waves follow from it."""
         config = self.setting.config
-        return min(config.engine.lanes or usual(self.setting.base.device), config.cohort)
+        return int(self.known.get("lanes", 0)) or min(config.engine.lanes or usual(self.setting.base.device), config.cohort)
 
     def answer(self, client: int, kind: str, content: RecordDict) -> RecordDict:
         """The content of the reply to one message."""
@@ -191,6 +192,14 @@ class Site:
         if self.holds:
             self._held[client] = {digest: self._known.setdefault(digest, tensor) for digest, tensor in store.items()}
         return broadcast
+
+
+def lane_on_gpu(overrides: Sequence[str], memory: Path, known: Mapping[str, float], lane: int) -> Callable[[Order], list[Answer]]:
+    """The work of a lane that opens the run of `overrides` for itself, on the GPU of its number where there are some."""
+    config = load(overrides)
+    if torch.cuda.is_available():
+        config = replace(config, run=replace(config.run, device=f"cuda:{lane % torch.cuda.device_count()}"))
+    return Site(open_setting(config), build(config.strategy), build(config.codec), Memory(memory, replies=False), known=known).work
 
 
 def serve(site: Site, clients: Mapping[int, int], lanes: Lanes | None = None) -> Callable[[Sequence[Message]], Iterator[Message]]:

@@ -6,7 +6,7 @@ does not agree is not used, and the log says so.
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -40,7 +40,7 @@ class Engine:
     examples: Examples
     options: Options
     batch: int = 8
-    known: Mapping[str, int] = field(default_factory=dict)
+    known: Mapping[str, float] = field(default_factory=dict)
     folder: Path | None = None
 
     def train(self, phase: Phase, jobs: Sequence[Job], *, round: int) -> list[Done]:
@@ -69,9 +69,13 @@ class Engine:
         return 1 if self._wave is None else self._wave.plan.wave
 
     @property
-    def facts(self) -> dict[str, int]:
+    def facts(self) -> dict[str, float]:
         """What was measured, for the manifest."""
         return {} if self._wave is None else vars(self._wave.plan).copy()
+
+    @property
+    def _half(self) -> bool:
+        return self.adapted.base.device.type == "cuda" if self.options.bf16 is None else self.options.bf16
 
     @cached_property
     def _wave(self) -> Wave | None:
@@ -79,24 +83,24 @@ class Engine:
             return None
         start = self.adapted.read()
         try:
-            stack = Stack(self.adapted, half=self.options.bf16, checkpointing=self.options.checkpointing)
+            stack = Stack(self.adapted, half=self._half, checkpointing=self.options.checkpointing)
             whole = plain(stack, self.examples)
-            check(stack, whole, start, loose=self.options.bf16)
+            check(stack, whole, start, loose=self._half)
         except Unstackable as why:
             log.warning("clients are trained one at a time: %s", why)
             return None
         finally:
             self.adapted.write(start)
         way = self._shortcut(stack, self.examples, start)
-        plan = Plan(**self.known) if self.known else measured(way, start, batch=self.batch)
+        plan = _plan(self.known) if "fixed" in self.known else measured(way, start, batch=self.batch)
         if self.options.wave is not None:
-            plan = Plan(plan.fixed, plan.tokens, self.options.wave)
+            plan = replace(plan, wave=self.options.wave)
         return Wave(way, whole, plan)
 
     def _shortcut(self, stack: Stack, examples: Examples, start: Tensors) -> Shortcut:
         way = shortcut(stack, examples, memory=round(self.options.cache * GB), disk=round(self.options.disk * GB), folder=self.folder)
         try:
-            check(stack, way, start, loose=self.options.bf16)
+            check(stack, way, start, loose=self._half)
         except Unstackable as why:
             log.warning("the whole model runs for every example: %s", why)
             return plain(stack, examples)
@@ -126,6 +130,10 @@ class Engine:
             return fault
 
 
+def _plan(known: Mapping[str, float]) -> Plan:
+    return Plan(int(known["fixed"]), int(known["tokens"]), int(known["wave"]), known.get("token_us", 0.0))
+
+
 @torch.no_grad()
 def check(stack: Stack, way: Shortcut, start: Tensors, *, loose: bool = False) -> None:
     """Two clients' logits on two examples through `way` against the model itself. Raises `Unstackable` if they differ."""
@@ -148,7 +156,7 @@ def check(stack: Stack, way: Shortcut, start: Tensors, *, loose: bool = False) -
     except Exception as fault:  # whatever an unknown architecture does with other layers in it
         raise Unstackable(f"{type(adapted.base.module).__name__}: {fault}") from fault
     if way.store is not None:
-        way.store.forget()
+        way.store.forget(rows)
     left = bool(getattr(way.examples, "left", False))
     for mine, whole in zip(got, want, strict=True):
         part = mine if mine.dim() == 1 else mine[len(mine) - len(whole) :] if left else mine[: len(whole)]

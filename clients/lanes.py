@@ -1,7 +1,8 @@
 """Lanes: processes of one thread each that run waves side by side on one machine, sharing the base model's memory.
 
-On a CPU a lane is a fork: weights and data are there already and stay shared until written, which nobody does. A lane runs whole waves, and
-a wave gives the same bits in every lane, so their number changes speed alone. Lanes end with their parent, however it ends.
+On a CPU a lane is a fork: weights and data are there already and stay shared until written, which nobody does. With several GPUs each lane
+is a new process that opens the run's setting on its own. A lane runs whole waves, and a wave gives the same bits in every lane, so their
+number changes speed alone. Lanes end with their parent, however it ends.
 """
 
 import contextlib
@@ -21,18 +22,22 @@ Work = Callable[[Any], Any]  # what a lane does with one order; both cross a loc
 
 
 class Lanes:
-    """`count` processes that do `work`; started when first needed. With one lane the work is done in this process."""
+    """`count` processes, started when first needed; with one the work is done in this process.
 
-    def __init__(self, work: Work, count: int) -> None:
-        self._work, self._count = work, count
+    `opened(lane)` gives a lane's work. With `fresh` it is called in a new process, so it must be a function that can be imported.
+    """
+
+    def __init__(self, opened: Callable[[int], Work], count: int, *, fresh: bool = False) -> None:
+        self._opened, self._count, self._fresh = opened, count, fresh
         self._pipes: list[Connection] = []
         self._processes: list[Any] = []
 
     def map(self, orders: Sequence[Any]) -> Iterator[tuple[int, Any]]:
         """(position, answer) of every order, as they are done. An `OSError` in a lane is raised here; so is a lane's death."""
-        if self._count == 1 or len(orders) < 2:
+        if self._count == 1 or (len(orders) < 2 and not self._fresh):
+            work = self._opened(0)
             for position, order in enumerate(orders):
-                yield position, self._work(order)
+                yield position, work(order)
             return
         self._start()
         waiting, running = deque(enumerate(orders)), dict[Connection, int]()
@@ -67,11 +72,11 @@ class Lanes:
     def _start(self) -> None:
         if self._pipes:
             return
-        context = multiprocessing.get_context("fork")
-        for _ in range(self._count):
+        context: Any = multiprocessing.get_context("spawn" if self._fresh else "fork")
+        for lane in range(self._count):
             ours, theirs = context.Pipe()
-            inherited = [*self._pipes, ours]
-            process = context.Process(target=_lane, args=(self._work, theirs, inherited, os.getpid()), daemon=True)
+            inherited = [] if self._fresh else [*self._pipes, ours]
+            process = context.Process(target=_lane, args=(self._opened, lane, theirs, inherited, os.getpid()), daemon=True)
             process.start()
             theirs.close()
             self._pipes.append(ours)
@@ -106,18 +111,21 @@ class Lanes:
 
 
 def usual(device: torch.device) -> int:
-    """One lane per core that this process may use; one in all on a GPU, or where processes cannot fork."""
-    if device.type != "cpu" or not hasattr(os, "fork") or sys.platform == "darwin":
+    """One lane per core that this process may use, or per GPU; one in all where processes cannot fork."""
+    if device.type == "cuda":
+        return torch.cuda.device_count() if device.index is None else 1
+    if not hasattr(os, "fork") or sys.platform == "darwin":
         return 1
     return len(os.sched_getaffinity(0))
 
 
-def _lane(work: Work, pipe: Connection, inherited: list[Connection], parent: int) -> None:
+def _lane(opened: Callable[[int], Work], lane: int, pipe: Connection, inherited: list[Connection], parent: int) -> None:
     for other in inherited:  # else this lane would hold the pipes of others open and they would outlive their parent
         other.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
     _die_with(parent)
     torch.set_num_threads(1)
+    work = opened(lane)
     while True:
         try:
             order = pipe.recv()

@@ -8,8 +8,8 @@ import json
 import logging
 import platform
 import time
-from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock
@@ -38,7 +38,7 @@ def measured(way: Shortcut, start: Tensors, *, batch: int) -> Plan:
         else:
             facts = _probe(way, start)
             write_text(place, json.dumps(facts) + "\n")
-    return Plan(facts["fixed"], facts["tokens"], _wave(way, start, facts["tokens"], batch))
+    return Plan(facts["fixed"], facts["tokens"], _wave(way, start, facts["tokens"], batch), facts["token_us"])
 
 
 def _key(way: Shortcut) -> str:
@@ -49,7 +49,7 @@ def _key(way: Shortcut) -> str:
     return hashlib.blake2b(text.encode(), digest_size=10).hexdigest()
 
 
-def _probe(way: Shortcut, start: Tensors) -> dict[str, int]:
+def _probe(way: Shortcut, start: Tensors) -> dict[str, Any]:
     lengths = way.examples.lengths()
     typical = int(lengths.double().median())
     row = int((lengths - typical).abs().argmin())
@@ -58,7 +58,8 @@ def _probe(way: Shortcut, start: Tensors) -> dict[str, int]:
     small, large = (_seconds(way, start, row, count) for count in (few, many))
     each = max((large - small) / ((many - few) * typical), 1e-9)
     fixed = max(small / each - typical, 1.0)
-    made = {"fixed": 1 << min(round(fixed).bit_length(), 14), "tokens": MOST}  # a power of two: noise seldom changes it
+    made = {"fixed": 1 << min(round(fixed).bit_length(), 14), "tokens": MOST, "token_us": round(1e6 * each, 1)}
+    # F is a power of two, which noise seldom changes.
     if on_gpu:
         made["tokens"] = _largest(way, start, row, typical)
     return made
@@ -87,7 +88,7 @@ def _seconds(way: Shortcut, start: Tensors, row: int, count: int) -> float:
                 if best > 0.5:
                     break
     if way.store is not None:
-        way.store.forget()
+        way.store.forget(torch.tensor([row]))
     return best
 
 
@@ -131,8 +132,3 @@ def _free(device: torch.device) -> int:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def facts(plan: Plan) -> dict[str, int]:
-    """A plan as it stands in the manifest."""
-    return asdict(plan)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 from clients.train import HEAD_RATE
 from fedpeft.config import Training
@@ -41,6 +42,9 @@ class Descent:
         self._steps += active.double()
         if self._work.clip is not None:
             clip(grads, self._work.clip)
+        if rows is None and self._work.optimizer == "adamw" and self._alike():
+            self._fused(grads)
+            return
         for name, value in self._values.items():
             if rows is None:
                 self._move(name, value, grads[name], self._m.get(name), self._v.get(name), None)
@@ -52,6 +56,24 @@ class Descent:
             self._move(name, some[0], grads[name].index_select(0, here), m, some[-1] if name in self._v else None, rows)
             for tensor, part in zip(held, some, strict=True):
                 tensor.index_copy_(0, here, part)
+
+    def _alike(self) -> bool:
+        """True while all clients have made the same steps at the same rates: elementwise optimizers see no clients then."""
+        return all(bool((each == each[0]).all()) for each in (self._steps, *self._rates.values()))
+
+    def _fused(self, grads: Tensors) -> None:
+        """torch's own kernel, one pass over memory instead of nine."""
+        for head, rate in self._rates.items():
+            names = [name for name in self._values if is_head(name) == head]
+            if not names:
+                continue
+            done = [torch.tensor(float(self._steps[0]) - 1, device=self._values[name].device) for name in names]  # it adds this one
+            adamw(
+                [self._values[name].detach() for name in names], [grads[name] for name in names], [self._m[name] for name in names],
+                [self._v[name] for name in names], [], done,
+                fused=True, amsgrad=False, beta1=BETAS[0], beta2=BETAS[1], lr=float(rate[0]), weight_decay=self._work.weight_decay, eps=EPS,
+                maximize=False,
+            )  # fmt: skip
 
     def _move(self, name: str, p: Tensor, g: Tensor, m: Tensor | None, v: Tensor | None, rows: Tensor | None) -> None:
         rate, steps = self._rates[is_head(name)], self._steps

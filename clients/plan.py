@@ -18,6 +18,7 @@ class Plan:
     fixed: int = 32  # F: tokens that cost as much as a pass itself
     tokens: int = 2048  # most padded tokens of a micro-batch
     wave: int = 16  # clients trained at once
+    token_us: float = 0.0  # c: microseconds a token took, for the record
 
     def cut(self, lengths: Tensor) -> list[Tensor]:
         """Positions (int64) of the samples of each micro-batch, for samples of `lengths` (N,) tokens."""

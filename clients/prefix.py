@@ -14,13 +14,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from clients.stack import Stack
-from clients.tails import FAMILIES, Family, Row
+from clients.tails import FAMILIES, Family, Row, taken
 from fedpeft.models.base import Examples, Tokens
 
 FILL = 1024  # padded tokens of a pass that fills the store: fixed, for another cut rounds otherwise
@@ -100,8 +101,12 @@ class Shortcut:
                 assert out is not None
                 if self.store.single and self.family.reads_last:
                     assert state.row is not None
-                    out = out[torch.arange(len(out)), state.row.at].unsqueeze(1)
+                    out = taken(out, state.row)
                 self.store.put(some, out.cpu(), left=isinstance(self.examples, Tokens) and self.examples.left)
+
+
+# For as long as the examples live: what frozen layers give is the same under every adapter and strategy.
+_KEPT: WeakKeyDictionary[Examples, dict[tuple[str, int, bool], "Store"]] = WeakKeyDictionary()
 
 
 class Store:
@@ -124,9 +129,9 @@ class Store:
         """True if all `rows` are there."""
         return bool(self._filled[rows].all())
 
-    def forget(self) -> None:
-        """Nothing is there any more: what a trial put in was cut otherwise than a run will."""
-        self._filled.zero_()
+    def forget(self, rows: Tensor) -> None:
+        """`rows` are not there any more: what a trial put in was cut otherwise than a run will."""
+        self._filled[rows] = 0
 
     def put(self, rows: Tensor, hidden: Tensor, *, left: bool) -> None:
         """Keeps the states of `rows` from a padded (N, L, d) batch."""
@@ -167,7 +172,11 @@ def shortcut(stack: Stack, examples: Examples, *, memory: int, disk: int, folder
             sizes = torch.full_like(sizes, _image_positions(stack, examples, family))
         needs = Store.bytes(sizes, width, dtype, single=single)
         if needs <= memory or needs <= disk:
-            store = Store(sizes, width, dtype, single=single, folder=None if needs <= memory else folder)
+            key = (stack.adapted.base.fingerprint, below, single)
+            kept = _KEPT.setdefault(examples, {})
+            if key not in kept:
+                kept[key] = Store(sizes, width, dtype, single=single, folder=None if needs <= memory else folder)
+            store = kept[key]
     if store is None:
         below = 0
     return Shortcut(stack, examples, below, tail, family, store)

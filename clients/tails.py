@@ -50,14 +50,14 @@ def _attended(q: Tensor, k: Tensor, v: Tensor, row: Row, scale: float) -> Tensor
     return out.transpose(1, 2).flatten(2)
 
 
-def _taken(x: Tensor, row: Row) -> Tensor:
+def taken(x: Tensor, row: Row) -> Tensor:
     """(N, 1, d): each sample's row."""
     return x[torch.arange(len(x), device=x.device), row.at].unsqueeze(1)
 
 
 def _bert(layer: Any, hidden: Tensor, row: Row, arguments: dict[str, Any]) -> Tensor:
     own = layer.attention.self
-    mine = _taken(hidden, row)
+    mine = taken(hidden, row)
     seen = _attend(own.query(mine), own.key(hidden), own.value(hidden), own.attention_head_size, row, own.scaling)
     out: Tensor = layer.feed_forward_chunk(layer.attention.output(seen, mine))
     return out
@@ -65,8 +65,8 @@ def _bert(layer: Any, hidden: Tensor, row: Row, arguments: dict[str, Any]) -> Te
 
 def _vit(layer: Any, hidden: Tensor, row: Row, arguments: dict[str, Any]) -> Tensor:
     own = layer.attention
-    inside, mine = layer.layernorm_before(hidden), _taken(hidden, row)
-    seen = _attend(own.q_proj(_taken(inside, row)), own.k_proj(inside), own.v_proj(inside), own.head_dim, row, own.scaling)
+    inside, mine = layer.layernorm_before(hidden), taken(hidden, row)
+    seen = _attend(own.q_proj(taken(inside, row)), own.k_proj(inside), own.v_proj(inside), own.head_dim, row, own.scaling)
     mine = mine + own.o_proj(seen)
     out: Tensor = mine + layer.mlp(layer.layernorm_after(mine))
     return out
@@ -75,7 +75,7 @@ def _vit(layer: Any, hidden: Tensor, row: Row, arguments: dict[str, Any]) -> Ten
 def _gpt2(layer: Any, hidden: Tensor, row: Row, arguments: dict[str, Any]) -> Tensor:
     own = layer.attn
     q, k, v = own.c_attn(layer.ln_1(hidden)).split(own.split_size, dim=2)  # one matrix for all three: q of the other rows is wasted
-    mine = _taken(hidden, row) + own.c_proj(_attend(_taken(q, row), k, v, own.head_dim, row, own.scaling))
+    mine = taken(hidden, row) + own.c_proj(_attend(taken(q, row), k, v, own.head_dim, row, own.scaling))
     out: Tensor = mine + layer.mlp(layer.ln_2(mine))
     return out
 
@@ -83,10 +83,10 @@ def _gpt2(layer: Any, hidden: Tensor, row: Row, arguments: dict[str, Any]) -> Te
 def _llama(layer: Any, hidden: Tensor, row: Row, arguments: dict[str, Any]) -> Tensor:
     own = layer.self_attn
     cos, sin = (x.expand(len(hidden), -1, -1) for x in arguments["position_embeddings"])
-    inside, mine = layer.input_layernorm(hidden), _taken(hidden, row)
-    q = own.q_proj(_taken(inside, row)).view(len(hidden), 1, -1, own.head_dim).transpose(1, 2)
+    inside, mine = layer.input_layernorm(hidden), taken(hidden, row)
+    q = own.q_proj(taken(inside, row)).view(len(hidden), 1, -1, own.head_dim).transpose(1, 2)
     k, v = (make(inside).view(*hidden.shape[:2], -1, own.head_dim).transpose(1, 2) for make in (own.k_proj, own.v_proj))
-    q, k = _turned(q, _taken(cos, row), _taken(sin, row)), _turned(k, cos, sin)
+    q, k = _turned(q, taken(cos, row), taken(sin, row)), _turned(k, cos, sin)
     mine = mine + own.o_proj(_attended(q, k, v, row, own.scaling))
     out: Tensor = mine + layer.mlp(layer.post_attention_layernorm(mine))
     return out

@@ -4,10 +4,11 @@ import itertools
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from clients.app import Site, serve
+from clients.app import Site, lane_on_gpu, serve
 from clients.lanes import Lanes
 from clients.memory import Memory
 from fedpeft.config import Config, ConfigError, build, load
@@ -75,13 +76,13 @@ def _unused(strategy: str) -> Path:
 
 
 def _drive(what: str, config: Config, setting: Setting, folder: Folder, watch: Watch) -> Outcome:
-    known: dict[str, int] = folder.manifest()["measured"]
+    known: dict[str, float] = folder.manifest()["measured"]
     memory = Memory(folder.path / "memory", replies=False)
     site = Site(setting, build(config.strategy), build(config.codec), memory, known=known)
     if not known:
-        folder.note({"measured": site.engine.facts})
+        folder.note({"measured": {**site.engine.facts, "lanes": site.lanes}})
     nodes = {InProcessGrid.FIRST + client: client for client in range(config.clients)}
-    with Lanes(site.work, site.lanes) as lanes:
+    with _lanes(site, folder, setting) as lanes:
         grid = InProcessGrid(serve(site, nodes, lanes), config.clients)
         steps: Generator[dict[str, Any], None, Outcome] = federate(config, setting, grid, folder)
         while True:
@@ -90,6 +91,13 @@ def _drive(what: str, config: Config, setting: Setting, folder: Folder, watch: W
             except StopIteration as end:
                 outcome: Outcome = end.value
                 return outcome
+
+
+def _lanes(site: Site, folder: Folder, setting: Setting) -> Lanes:
+    if setting.base.device.type != "cuda" or site.lanes == 1:
+        return Lanes(lambda lane: site.work, site.lanes)
+    facts = folder.manifest()
+    return Lanes(partial(lane_on_gpu, facts["overrides"], site.memory.folder, facts["measured"]), site.lanes, fresh=True)
 
 
 def _split(setting: Setting) -> dict[str, Any]:

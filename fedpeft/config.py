@@ -67,7 +67,7 @@ class Options:
     lanes: int | None = None  # processes side by side; None: one per core, one in all on a GPU
     cache: float = 1.0  # GB of memory for the output of frozen layers
     disk: float = 4.0  # GB of a file for it, if memory is not enough
-    bf16: bool = False  # frozen products in bfloat16: faster where the processor has it, not exact
+    bf16: bool | None = None  # frozen products in bfloat16: faster where the processor has it, not exact; None: on a GPU
     checkpointing: bool = False  # recompute layers in the backward pass: less memory, more time
 
 

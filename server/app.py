@@ -94,7 +94,7 @@ def _start(config: Config, setting: Setting, strategy: Strategy[Any], folder: Fo
     folder.note({"fingerprint": setting.base.fingerprint, "data": setting.data_digest})
     before = central(setting, strategy.broadcast(state, 0, None))
     totals = {"up": 0, "down": 0, "seconds": 0.0, "zero_shot": before.accuracy, "accuracy": before.accuracy, "loss": before.loss}
-    return 0, state, totals | {"measure": before.of}
+    return 0, state, totals | {"measure": before.of, "measured": folder.manifest()["measured"]}
 
 
 def _check_same(manifest: Mapping[str, Any], setting: Setting) -> None:

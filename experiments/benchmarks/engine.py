@@ -56,6 +56,7 @@ class Case:
     batch: int
     steps: int
     private: bool = False
+    one_process: bool = True  # also the stock loop in one process of two threads
 
 
 def main() -> None:
@@ -71,11 +72,12 @@ def main() -> None:
     torch.set_num_threads(1)
     cases = [Case(layers, 4, 5) for layers in LAYERS] + [Case("all layers", 4, 5, private=True)]
     if not chosen.quick:
-        cases += [Case(layers, 8, 5) for layers in LAYERS] + [Case("all layers", 8, 5, private=True), Case("all layers", 4, 40)]
+        cases += [Case(layers, 8, 5, one_process=False) for layers in LAYERS] + [Case("all layers", 4, 40, one_process=False)]
     base, examples = opened(chosen.data)
     table = []
     for case in cases:
-        table.append(measured(base, examples, case, chosen.clients, chosen.turns, chosen.cores))
+        turns = max(1, chosen.turns // 2) if case.steps > 5 else chosen.turns  # long ones
+        table.append(measured(base, examples, case, chosen.clients, turns, chosen.cores))
         print(shown(table[-1]), flush=True)
     result: dict[str, Any] = {"machine": machine(chosen.cores), "clients": chosen.clients, "turns": chosen.turns, "table": table}
     result["gemm"] = ceiling(base)
@@ -132,8 +134,9 @@ def measured(base: Base, examples: Examples, case: Case, clients: int, turns: in
         "b: stock, 2 processes": (stock, cores, 1, halves),
         "engine": (waves, cores, 1, lots),
     }
-    if case.private:
+    if case.private or not case.one_process:
         del variants["a: stock, 1 process, 2 threads"]
+    if case.private:
         variants |= {"engine, private": (private_waves, cores, 1, lots), "opacus, 2 processes": (hooked, cores, 1, halves)}
     crews = {name: Crew(run, processes, threads) for name, (run, processes, threads, _) in variants.items()}
     times: dict[str, list[float]] = {name: [] for name in variants}
@@ -296,10 +299,10 @@ def scaling(base: Base, examples: Examples, cores: int) -> list[dict[str, float]
         return len(engine.train(Phase(), some, round=0))
 
     for clients in (10, 100, 1000):
-        share = torch.randperm(len(examples), generator=torch.Generator().manual_seed(0)).chunk(clients)
+        share = torch.randperm(len(examples), generator=torch.Generator().manual_seed(0)).tensor_split(clients)
         per = min(size, -(-clients // cores))
         lots = [list(range(clients))[at : at + per] for at in range(0, clients, per)]
-        with Lanes(run, cores) as lanes:
+        with Lanes(lambda lane: run, cores) as lanes:
             list(lanes.map(lots))
             began = time.perf_counter()
             list(lanes.map(lots))

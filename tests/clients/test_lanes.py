@@ -6,16 +6,23 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from clients.app import Site, lane_on_gpu
 from clients.lanes import Lanes
+from clients.memory import Memory
+from fedpeft.config import build, load
+from fedpeft.messages import Broadcast
+from fedpeft.records import Packer, to_records
+from fedpeft.setting import open_setting
 
 
 def test_every_order_is_answered_once_whatever_the_number_of_lanes() -> None:
     for count in (1, 2, 5):
-        with Lanes(lambda order: (order**2, os.getpid()), count) as lanes:
+        with Lanes(lambda lane: lambda order: (order**2, os.getpid()), count) as lanes:
             for _ in range(2):
                 answers = dict(lanes.map(range(7)))
                 assert [answers[at][0] for at in range(7)] == [at**2 for at in range(7)]
@@ -27,7 +34,7 @@ def test_what_the_disk_says_reaches_the_parent_as_it_was() -> None:
     def full(order: int) -> None:
         raise OSError(28, "No space left on device", "there")
 
-    with Lanes(full, 2) as lanes, pytest.raises(OSError, match="No space left") as caught:
+    with Lanes(lambda lane: full, 2) as lanes, pytest.raises(OSError, match="No space left") as caught:
         list(lanes.map([1, 2]))
     assert (caught.value.errno, caught.value.filename) == (28, "there")
 
@@ -36,8 +43,32 @@ def test_a_lane_that_dies_is_said() -> None:
     def die(order: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    with Lanes(die, 2) as lanes, pytest.raises(OSError, match=r"exit code -9, killed, perhaps for want of memory: set engine\.lanes=1"):
+    with (
+        Lanes(lambda lane: die, 2) as lanes,
+        pytest.raises(OSError, match=r"exit code -9, killed, perhaps for want of memory: set engine\.lanes=1"),
+    ):
         list(lanes.map([1, 2]))
+
+
+@pytest.mark.slow
+def test_lanes_that_open_the_run_for_themselves_give_the_same_bytes(tmp_path: Path) -> None:
+    """What several GPUs would do, on the processor."""
+    overrides = ["clients=4", "cohort=4", "train.steps=2", "model.epochs=1", "rounds=2", "evaluate.head_only=false", "engine.lanes=2"]
+    config = load(overrides)
+    setting = open_setting(config)
+    known = {"fixed": 32, "tokens": 2048, "wave": 2, "lanes": 2}
+    site = Site(setting, build(config.strategy), build(config.codec), Memory(tmp_path / "one", replies=False), known=known)
+    packed = Packer().pack(Broadcast(setting.adapted.read()))
+    content = to_records(packed.payload, {"round": 0, "digest": packed.digest})
+    asked = [(client, "train", content) for client in range(4)]
+    seen = []
+    for lanes in (
+        Lanes(lambda lane: site.work, 2),
+        Lanes(partial(lane_on_gpu, overrides, tmp_path / "two", known), 2, fresh=True),
+    ):
+        with lanes:
+            seen.append({client: made["payload"]["data"].data for client, _, made in site.answers(asked, lanes.map)})
+    assert seen[0] == seen[1]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux to end children with their parent")
@@ -48,7 +79,7 @@ from clients.lanes import Lanes
 def work(order):
     open({str(tmp_path)!r} + f"/{{os.getpid()}}", "w").close()
     time.sleep(60)
-with Lanes(work, 2) as lanes:
+with Lanes(lambda lane: work, 2) as lanes:
     list(lanes.map([1, 2]))
 """
     parent = subprocess.Popen([sys.executable, "-c", program], cwd=Path(__file__).parents[2])

@@ -17,11 +17,12 @@ WORKS = [
 ]
 
 
+@pytest.mark.parametrize("alike", [True, False])
 @pytest.mark.parametrize("work", WORKS)
-def test_clients_with_unequal_steps_and_rates_end_where_torch_ends(work: Training) -> None:
+def test_clients_with_unequal_steps_and_rates_end_where_torch_ends(work: Training, alike: bool) -> None:
     rng = torch.Generator().manual_seed(0)
-    shapes, steps = {"q.A": (2, 5), "q.B": (4, 2), "head.bias": (3,)}, [1, 3, 5, 5]
-    works = [Training(**(vars(work) | {"lr": work.lr * (k + 1)})) for k in range(4)]
+    shapes, steps = {"q.A": (2, 5), "q.B": (4, 2), "head.bias": (3,)}, [2, 3, 5, 5]
+    works = [Training(**(vars(work) | {"lr": work.lr * (1 if alike else k + 1)})) for k in range(4)]
     start = {name: torch.randn(4, *shape, generator=rng, dtype=torch.float64) for name, shape in shapes.items()}
     grads = [{name: torch.randn(4, *shape, generator=rng, dtype=torch.float64) for name, shape in shapes.items()} for _ in range(5)]
     values = {name: value.clone() for name, value in start.items()}

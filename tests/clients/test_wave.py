@@ -410,6 +410,36 @@ def test_personal_models_are_scored_in_one_pass(kind: str, tiny, examples) -> No
         assert found.accuracy == pytest.approx(one.accuracy, abs=1e-6)
 
 
+def test_what_frozen_layers_give_is_computed_once_for_all_rounds_and_strategies(tiny, examples) -> None:
+    base: Base = tiny("bert")
+    data, calls = examples(base), []
+    base.module.bert.embeddings.register_forward_hook(lambda *_: calls.append(1))
+    known = {"fixed": 8, "tokens": 64, "wave": 4}
+    for phase in (PLAIN, Phase(trains=not_a, shares=not_a)):
+        adapted = Lora(rank=3, targets=r".*layer[.]1[.].*query").attach(base, seed=0)
+        engine, start = Engine(adapted, data, Options(), known=known), adapted.read()
+        assert engine.wave == 4
+        engine.train(phase, jobs(start)[:2], round=0)  # what the check put in is computed again, in its final company
+        before = len(calls)
+        engine.train(phase, jobs(start)[:2], round=1)
+        assert len(calls) == before
+        adapted.undo()
+    engine = Engine(Lora(rank=2, targets=r".*layer[.]1[.].*value").attach(base, seed=0), data, Options(), known=known)
+    assert engine.wave == 4
+    before = len(calls)
+    engine.train(PLAIN, jobs(engine.adapted.read())[1:2], round=0)  # its one row is none of those the check looks at
+    assert len(calls) == before
+
+
+def test_waves_of_every_kind_give_the_same_bits_again(adapted: Adapted, texts: Examples) -> None:
+    ends = []
+    for _ in range(2):
+        (done,) = wave(adapted, texts).train(PLAIN, jobs({n: torch.zeros_like(t) for n, t in adapted.read().items()})[2:3], round=0)
+        assert not isinstance(done, ValueError)
+        ends.append(done[0].tensors)
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
 @pytest.mark.parametrize("memory", [1 << 30, 0])
 def test_kept_layers_equal_the_whole_model_to_rounding(memory: int, tiny, examples, tmp_path) -> None:
     """From memory and from a file; and with neither, nothing is kept."""
