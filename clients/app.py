@@ -67,7 +67,18 @@ class Site:
     def engine(self) -> Engine:
         """What trains and scores."""
         config, setting = self.setting.config, self.setting
-        return Engine(setting.adapted, setting.train, config.engine, batch=config.train.batch, known=self.known)
+        return Engine(
+            setting.adapted, setting.train, config.engine, groups=setting.split.clients, batch=config.train.batch, lanes=self.lanes,
+            known=self.known, folder=self.memory.folder.parent,
+        )  # fmt: skip
+
+    def prepare(self) -> Mapping[str, float]:
+        """Measures, and makes what lanes are to share before there are any; gives what was measured."""
+        made = {**self.engine.facts, "lanes": float(self.lanes)}
+        phase = self.strategy.phase(0)
+        if any(phase.keeps(name) for name in self.setting.adapted.parameters):
+            self.engine.prepare(self.setting.test)
+        return made
 
     @property
     def lanes(self) -> int:
@@ -92,10 +103,10 @@ class Site:
         self, messages: Sequence[tuple[int, str, RecordDict]], each: Callable[[Sequence[Order]], Iterator[tuple[int, list[Answer]]]]
     ) -> Iterator[tuple[int, str, RecordDict | str]]:
         """(client, kind, content of its reply, or its fault) for every (client, kind, content); `each` has the orders worked off."""
-        good: dict[str, list[tuple[Ask, Broadcast]]] = {"train": [], "evaluate": []}
+        good: dict[tuple[str, int], list[tuple[Ask, Broadcast]]] = {}
         for client, kind, content in messages:
             try:
-                ask = _ask(client, kind, content)
+                ask = _ask(client, kind, content, self.setting.config.rounds)
                 broadcast = self._open(client, kind, content)
             except Exception as fault:  # a message that cannot be read is that client's fault alone
                 yield client, kind, str(fault) or repr(fault)
@@ -103,8 +114,8 @@ class Site:
             if broadcast is None:
                 yield client, kind, to_records(Payload("[]", b""), {"resend": True})
             else:
-                good[kind].append((ask, broadcast))
-        for kind, asked in good.items():
+                good.setdefault((kind, ask.round), []).append((ask, broadcast))
+        for (kind, _), asked in good.items():
             orders = self._orders([ask for ask, _ in asked], {ask.digest: broadcast for ask, broadcast in asked})
             for position, replies in each(orders):
                 for ask, reply in zip(orders[position].asks, replies, strict=True):
@@ -145,18 +156,23 @@ class Site:
     def _evaluated(self, asks: Sequence[Ask], broadcasts: Mapping[str, Broadcast]) -> list[Answer]:
         """How clients' own models (the broadcast under what each keeps) do on test sets that resemble their data."""
         phase = self.strategy.phase(asks[0].round)
-        jobs, weights = [], []
+        jobs, weights, answers = [], [], dict[int, Answer]()
         for ask in asks:
-            rows, weight = self.setting.judged(ask.client)
+            try:
+                rows, weight = self.setting.judged(ask.client)
+            except ValueError as fault:
+                answers[ask.client] = str(fault)
+                continue
             jobs.append(replace(self._job(ask, broadcasts[ask.digest], phase.adapter), rows=rows))
             weights.append(weight)
-        found = self.engine.score(jobs, weights, self.setting.test)
-        return [
-            str(one) if isinstance(one, ValueError) else Reply(Payload("[]", b""), {
-                "loss": one.loss, "accuracy": one.accuracy, "weight": float(len(self.setting.split.clients[ask.client]))
-            })
-            for ask, one in zip(asks, found, strict=True)
-        ]  # fmt: skip
+        for job, one in zip(jobs, self.engine.score(jobs, weights, self.setting.test), strict=True):
+            stands_for = float(len(self.setting.split.clients[job.client]))
+            answers[job.client] = (
+                str(one)
+                if isinstance(one, ValueError)
+                else Reply(Payload("[]", b""), {"loss": one.loss, "accuracy": one.accuracy, "weight": stands_for})
+            )
+        return [answers[ask.client] for ask in asks]
 
     def _job(self, ask: Ask, broadcast: Broadcast, adapter: str) -> Job:
         config = self.setting.config
@@ -229,9 +245,12 @@ def serve(site: Site, clients: Mapping[int, int], lanes: Lanes | None = None) ->
     return answers
 
 
-def _ask(client: int, kind: str, content: RecordDict) -> Ask:
+def _ask(client: int, kind: str, content: RecordDict, rounds: int) -> Ask:
     facts = content.config_records["facts"]
-    return Ask(client, kind, _whole(facts["round"]), str(facts["digest"]))
+    round = _whole(facts["round"])
+    if not 0 <= round <= rounds:  # the last evaluation comes after the last round
+        raise ValueError(f"the message's round is {round}, this run has rounds 0 to {rounds - 1}; does the server run another config?")
+    return Ask(client, kind, round, str(facts["digest"]))
 
 
 def _whole(value: Any) -> int:
@@ -254,7 +273,7 @@ def _answer(message: Message, context: Context) -> Message:
     except KeyError:
         raise ConfigError('this node has no client index; start it with --node-config "partition-id=N"') from None
     site = _site(str(context.run_config["overrides"]), context.run_id)
-    if client >= site.setting.config.clients:
+    if not 0 <= client < site.setting.config.clients:
         raise ConfigError(
             f"this node is client {client}, the run has clients={site.setting.config.clients}; raise clients or start fewer nodes"
         )

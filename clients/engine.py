@@ -39,7 +39,9 @@ class Engine:
     adapted: Adapted
     examples: Examples
     options: Options
+    groups: Sequence[Tensor] = ()  # rows of the examples that belong together: a client's
     batch: int = 8
+    lanes: int = 1
     known: Mapping[str, float] = field(default_factory=dict)
     folder: Path | None = None
 
@@ -91,22 +93,28 @@ class Engine:
             return None
         finally:
             self.adapted.write(start)
-        way = self._shortcut(stack, self.examples, start)
-        plan = _plan(self.known) if "fixed" in self.known else measured(way, start, batch=self.batch)
+        way = self._shortcut(stack, self.examples, start, self.groups)
+        plan = _plan(self.known) if "fixed" in self.known else measured(way, start, batch=self.batch, lanes=self.lanes)
         if self.options.wave is not None:
             plan = replace(plan, wave=self.options.wave)
         return Wave(way, whole, plan)
 
-    def _shortcut(self, stack: Stack, examples: Examples, start: Tensors) -> Shortcut:
-        way = shortcut(stack, examples, memory=round(self.options.cache * GB), disk=round(self.options.disk * GB), folder=self.folder)
+    def _shortcut(self, stack: Stack, examples: Examples, start: Tensors, groups: Sequence[Tensor] = ()) -> Shortcut:
+        memory, disk = round(self.options.cache * GB), round(self.options.disk * GB)
         try:
-            check(stack, way, start, loose=self._half)
-        except Unstackable as why:
+            way = shortcut(stack, examples, memory=memory, disk=disk, folder=self.folder, groups=groups)
+            check_shortcut(stack, way, start)
+        except (Unstackable, RuntimeError) as why:  # of a model that does not do what its class says
             log.warning("the whole model runs for every example: %s", why)
             return plain(stack, examples)
         finally:
             self.adapted.write(start)
         return way
+
+    def prepare(self, examples: Examples) -> None:
+        """Makes what scoring on `examples` needs, for the lanes to share."""
+        if self._wave is not None:
+            self._test_wave(examples)
 
     def _test_wave(self, examples: Examples) -> Wave:
         assert self._wave is not None
@@ -136,33 +144,56 @@ def _plan(known: Mapping[str, float]) -> Plan:
 
 @torch.no_grad()
 def check(stack: Stack, way: Shortcut, start: Tensors, *, loose: bool = False) -> None:
-    """Two clients' logits on two examples through `way` against the model itself. Raises `Unstackable` if they differ."""
-    adapted, lengths = stack.adapted, way.examples.lengths()
-    rows = torch.tensor([int(lengths.argmin()), int(lengths.argmax())])
+    """Two clients' logits on two examples through `way` against the model itself, one by one. Raises `Unstackable` if they differ."""
+    adapted, rows = stack.adapted, _extremes(way)
     starts = [_moved(start, seed) for seed in (1, 2)]
     want = []
     for tensors, row in zip(starts, rows, strict=True):
         adapted.fill(tensors)
         want.append(adapted.logits(way.examples.batch(row.view(1))[0])[0])
+    got = _logits(stack, way, starts)
+    left = bool(getattr(way.examples, "left", False))
+    precise = next(adapted.base.module.parameters()).dtype in (torch.float32, torch.float64) and not loose
+    for mine, whole in zip(got, want, strict=True):
+        part = mine if mine.dim() == 1 else mine[len(mine) - len(whole) :] if left else mine[: len(whole)]
+        _compare(stack, part, whole, 1e-4 if precise else 5e-2, "the stacked form")
+
+
+def check_shortcut(stack: Stack, way: Shortcut, start: Tensors) -> None:
+    """The same logits through `way` against the whole stacked model, in one precision. Raises `Unstackable` if they differ."""
+    starts = [_moved(start, seed) for seed in (1, 2)]
+    dtype = next(stack.adapted.base.module.parameters()).dtype
+    bound = 1e-4 if dtype in (torch.float32, torch.float64) and not stack.half else 1e-2
+    for mine, whole in zip(_logits(stack, way, starts), _logits(stack, plain(stack, way.examples), starts), strict=True):
+        _compare(stack, mine, whole, bound, "the shortcut")
+
+
+@torch.no_grad()
+def _logits(stack: Stack, way: Shortcut, starts: Sequence[Tensors]) -> Tensor:
+    rows = _extremes(way)
     try:
         with stack.on():
             way.fill(rows)
             stack.load(starts)
-            stack.clients.seat(torch.arange(2, device=adapted.base.device))
+            stack.clients.seat(torch.arange(2, device=stack.adapted.base.device))
             with way.on():
-                got = stack.logits(way.batch(rows)[0])
+                return stack.logits(way.batch(rows)[0])
     except Unstackable:
         raise
     except Exception as fault:  # whatever an unknown architecture does with other layers in it
-        raise Unstackable(f"{type(adapted.base.module).__name__}: {fault}") from fault
-    if way.store is not None:
-        way.store.forget(rows)
-    left = bool(getattr(way.examples, "left", False))
-    for mine, whole in zip(got, want, strict=True):
-        part = mine if mine.dim() == 1 else mine[len(mine) - len(whole) :] if left else mine[: len(whole)]
-        far, size = float((part - whole).abs().max()), float(whole.abs().max())
-        if not far <= (5e-2 if loose or whole.dtype not in (torch.float32, torch.float64) else 1e-3) * (1 + size):
-            raise Unstackable(f"{type(adapted.base.module).__name__} gives other logits in this form (by {far:.2g} of {size:.2g})")
+        raise Unstackable(f"{type(stack.adapted.base.module).__name__}: {fault}") from fault
+
+
+def _extremes(way: Shortcut) -> Tensor:
+    """The shortest and the longest example: one of them is padded."""
+    lengths = way.examples.lengths()
+    return torch.tensor([int(lengths.argmin()), int(lengths.argmax())])
+
+
+def _compare(stack: Stack, mine: Tensor, whole: Tensor, bound: float, what: str) -> None:
+    far, size = float((mine - whole).abs().max()), float(whole.abs().max())
+    if not far <= bound * size:
+        raise Unstackable(f"{what} of {type(stack.adapted.base.module).__name__} gives other logits (by {far:.2g} of {size:.2g})")
 
 
 def _moved(start: Tensors, seed: int) -> Tensors:

@@ -7,10 +7,12 @@ number changes speed alone. Lanes end with their parent, however it ends.
 
 import contextlib
 import ctypes
+import logging
 import multiprocessing
 import os
 import signal
 import sys
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
@@ -18,6 +20,8 @@ from typing import Any
 
 import torch
 
+PATIENCE = 5.0  # seconds for lanes to end by themselves
+log = logging.getLogger("fedpeft")
 Work = Callable[[Any], Any]  # what a lane does with one order; both cross a local pipe, so both are plain values and bytes
 
 
@@ -41,33 +45,39 @@ class Lanes:
             return
         self._start()
         waiting, running = deque(enumerate(orders)), dict[Connection, int]()
-        for pipe in self._pipes:
-            self._hand(pipe, waiting, running)
-        while running:
-            for ready in wait(list(running)):
-                assert isinstance(ready, Connection)
-                position = running.pop(ready)
-                answer = self._taken(ready)
-                self._hand(ready, waiting, running)
-                yield position, answer
+        try:
+            for pipe in self._pipes:
+                self._hand(pipe, waiting, running)
+            while running:
+                for ready in wait(list(running)):
+                    assert isinstance(ready, Connection)
+                    answer = self._taken(ready)
+                    position = running.pop(ready)
+                    self._hand(ready, waiting, running)
+                    yield position, answer
+        finally:
+            if running:  # nobody waits for these answers, and the next orders must not get them
+                self.close(at_once=True)
 
-    def close(self) -> None:
-        """Ends the processes."""
+    def close(self, *, at_once: bool = False) -> None:
+        """Ends the processes; `at_once` in the middle of their work, which leaves nothing half written."""
         for pipe in self._pipes:
             with contextlib.suppress(OSError):
                 pipe.close()
+        until = time.monotonic() + (0 if at_once else PATIENCE)
         for process in self._processes:
-            process.join(timeout=5)
+            process.join(timeout=max(0.0, until - time.monotonic()))
             if process.is_alive():
                 process.kill()
-                process.join()
+        for process in self._processes:
+            process.join()
         self._pipes, self._processes = [], []
 
     def __enter__(self) -> "Lanes":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, *_: object) -> None:
+        self.close(at_once=kind is not None)
 
     def _start(self) -> None:
         if self._pipes:
@@ -133,8 +143,11 @@ def _lane(opened: Callable[[int], Work], lane: int, pipe: Connection, inherited:
             return
         try:
             answer = ("answer", work(order))
-        except OSError as fault:
-            answer = ("fault", (str(fault),) if fault.errno is None else (fault.errno, fault.strerror, fault.filename))
+        except Exception as fault:  # the parent says it, and ends the run
+            log.debug("a lane failed", exc_info=True)
+            answer = ("fault", (f"a lane failed: {type(fault).__name__}: {fault}",))
+            if isinstance(fault, OSError):
+                answer = ("fault", (str(fault),) if fault.errno is None else (fault.errno, fault.strerror, fault.filename))
         try:
             pipe.send(answer)
         except OSError:

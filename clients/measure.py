@@ -24,10 +24,11 @@ from fedpeft.tensors import Tensors
 POOL = 8192  # tokens of a wave's step on a CPU: enough for full micro-batches of every length
 MOST = 2048  # padded tokens of a micro-batch on a CPU; speed is flat from 500 and falls past 16,000
 GPU_FIRST, GPU_MOST = 8192, 1 << 20  # tokens: where the probe of a GPU begins and ends
-SHARE = 0.25  # of free memory that a wave's tensors and activations may take
+SHARE = 0.25  # of the machine's memory that the tensors of all lanes' waves may take
+LOGITS = 400_000_000  # bytes of a language model's logits, their softmax and its gradient in one micro-batch on a CPU
 
 
-def measured(way: Shortcut, start: Tensors, *, batch: int) -> Plan:
+def measured(way: Shortcut, start: Tensors, *, batch: int, lanes: int = 1) -> Plan:
     """The plan for this model, adapter and machine: from the cache, or measured in less than two seconds."""
     folder = cache()
     folder.mkdir(parents=True, exist_ok=True)
@@ -38,14 +39,15 @@ def measured(way: Shortcut, start: Tensors, *, batch: int) -> Plan:
         else:
             facts = _probe(way, start)
             write_text(place, json.dumps(facts) + "\n")
-    return Plan(facts["fixed"], facts["tokens"], _wave(way, start, facts["tokens"], batch), facts["token_us"])
+    return Plan(facts["fixed"], facts["tokens"], _wave(way, start, facts["tokens"], batch, lanes), facts["token_us"])
 
 
 def _key(way: Shortcut) -> str:
     base = way.stack.adapted.base
     device = torch.cuda.get_device_name(base.device) if base.device.type == "cuda" else f"{platform.processor()} {torch.get_num_threads()}"
     layers = sorted((path, sorted(layer._names)) for path, layer in way.stack.layers.items())
-    text = json.dumps([base.fingerprint, base.task, device, torch.__version__, way.below, way.tail, layers])
+    typical = int(way.examples.lengths().double().median())
+    text = json.dumps([base.fingerprint, base.task, device, torch.__version__, way.below, way.tail, layers, typical])
     return hashlib.blake2b(text.encode(), digest_size=10).hexdigest()
 
 
@@ -58,11 +60,17 @@ def _probe(way: Shortcut, start: Tensors) -> dict[str, Any]:
     small, large = (_seconds(way, start, row, count) for count in (few, many))
     each = max((large - small) / ((many - few) * typical), 1e-9)
     fixed = max(small / each - typical, 1.0)
-    made = {"fixed": 1 << min(round(fixed).bit_length(), 14), "tokens": MOST, "token_us": round(1e6 * each, 1)}
+    made = {"fixed": 1 << min(round(fixed).bit_length(), 14), "tokens": _most(way), "token_us": round(1e6 * each, 1)}
     # F is a power of two, which noise seldom changes.
     if on_gpu:
         made["tokens"] = _largest(way, start, row, typical)
     return made
+
+
+def _most(way: Shortcut) -> int:
+    base: Any = way.stack.adapted.base
+    words = base.module.config.vocab_size if base.task == "language" else 1
+    return int(max(128, min(MOST, LOGITS // (12 * words))))
 
 
 def _seconds(way: Shortcut, start: Tensors, row: int, count: int) -> float:
@@ -87,8 +95,6 @@ def _seconds(way: Shortcut, start: Tensors, row: int, count: int) -> float:
                 best = min(best, time.perf_counter() - began)
                 if best > 0.5:
                     break
-    if way.store is not None:
-        way.store.forget(torch.tensor([row]))
     return best
 
 
@@ -107,24 +113,25 @@ def _largest(way: Shortcut, start: Tensors, row: int, typical: int) -> int:
     return max(GPU_FIRST, tokens // 2)
 
 
-def _wave(way: Shortcut, start: Tensors, tokens: int, batch: int) -> int:
+def _wave(way: Shortcut, start: Tensors, tokens: int, batch: int, lanes: int) -> int:
     """Clients at once: enough for a pool of micro-batches, as long as their tensors, gradients and moments fit."""
     base = way.stack.adapted.base
     pool = POOL if base.device.type == "cpu" else 4 * tokens
     by_tokens = -(-pool // max(1, round(batch * float(way.examples.lengths().double().mean()))))
     each = 5 * sum(tensor.nbytes for tensor in start.values())
-    by_memory = int(SHARE * _free(base.device) / max(each, 1))
+    by_memory = int(SHARE * _memory(base.device) / max(each, 1) / (lanes if base.device.type == "cpu" else 1))
     found = max(1, min(by_tokens, 1 << max(by_memory, 1).bit_length() - 1, 256))
     logging.getLogger("fedpeft").debug("waves of %d clients (%d by tokens, %d by memory)", found, by_tokens, by_memory)
     return found
 
 
-def _free(device: torch.device) -> int:
+def _memory(device: torch.device) -> int:
+    """All of it, not what is free just now: else a wave would be another tomorrow."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        return int(torch.cuda.mem_get_info(device)[1])
     try:
         with Path("/proc/meminfo").open() as lines:
-            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemTotal"))
     except OSError:
         return 4 << 30
 

@@ -7,7 +7,6 @@ path over its distinct lengths. Gradients of a sum of per-sample losses add up o
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 
@@ -79,13 +78,3 @@ def waves(clients: list[int], work: dict[int, float], most: int, lanes: int) -> 
         left -= done
         made.append(wave)
     return made
-
-
-def tokens_of(lengths: Tensor) -> float:
-    """Mean tokens of a sample."""
-    return float(lengths.double().mean()) if len(lengths) else 1.0
-
-
-def all_of(n: int) -> Tensor:
-    """0 to n - 1."""
-    return torch.arange(n)

@@ -7,9 +7,11 @@ model's logits on examples of this very run.
 """
 
 import contextlib
+import hashlib
 import mmap
+import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,11 +81,9 @@ class Shortcut:
 
     @torch.no_grad()
     def fill(self, rows: Tensor) -> None:
-        """Computes what the store lacks of `rows`, which must be asked for together each time: their passes are cut in one fixed way."""
-        if self.store is None or self.family is None or self.store.has(rows):
+        """Computes what the store lacks of `rows`, in blocks that do not depend on what is asked for: who comes first changes no bit."""
+        if self.store is None or self.family is None or not (missing := self.store.missing(rows)):
             return
-        lengths = self.examples.lengths()[rows]
-        order = lengths.argsort(stable=True)
         root, layers = _root(self.stack), list(_layers(self.stack, self.family))
         whole = layers[: self.below]
         state, device = self._state, self.stack.adapted.base.device
@@ -91,9 +91,8 @@ class Shortcut:
             whole[-1] = _LastLayer(whole[-1], self.family, state)
         caught = _Caught(whole[-1])
         with _replaced(root, [(self.family.layers, nn.ModuleList([*whole[:-1], caught]))]):
-            for chunk in _chunks(lengths[order], FILL):
-                some = rows[order[chunk]]
-                inputs, _ = self.examples.batch(some)
+            for block in missing:
+                inputs, _ = self.examples.batch(block)
                 state.row = _row(self.stack, self.family, inputs, device) if self.store.single else None
                 with contextlib.suppress(_Reached):
                     self.stack.logits(inputs)
@@ -102,36 +101,35 @@ class Shortcut:
                 if self.store.single and self.family.reads_last:
                     assert state.row is not None
                     out = taken(out, state.row)
-                self.store.put(some, out.cpu(), left=isinstance(self.examples, Tokens) and self.examples.left)
+                self.store.put(block, out.cpu(), left=isinstance(self.examples, Tokens) and self.examples.left)
 
 
 # For as long as the examples live: what frozen layers give is the same under every adapter and strategy.
-_KEPT: WeakKeyDictionary[Examples, dict[tuple[str, int, bool], "Store"]] = WeakKeyDictionary()
+_KEPT: WeakKeyDictionary[Examples, dict[tuple[object, ...], "Store"]] = WeakKeyDictionary()
 
 
 class Store:
     """Hidden states of all examples, end to end, in memory that forked processes share."""
 
-    def __init__(self, sizes: Tensor, width: int, dtype: torch.dtype, *, single: bool, folder: Path | None) -> None:
+    def __init__(
+        self, sizes: Tensor, width: int, dtype: torch.dtype, *, groups: Sequence[Tensor], single: bool, folder: Path | None
+    ) -> None:  # fmt: skip
         self.single = single
         self._sizes = torch.ones_like(sizes) if single else sizes
         self._ends = self._sizes.cumsum(0)
         entries = int(self._ends[-1])
         self._flat = _shared(entries * width * dtype.itemsize, folder).view(dtype).view(entries, width)
         self._filled = _shared(len(sizes), None)
+        self._block, self._blocks = _blocks(sizes, groups)
 
     @staticmethod
     def bytes(sizes: Tensor, width: int, dtype: torch.dtype, *, single: bool) -> int:
         """What it would take."""
         return (len(sizes) if single else int(sizes.sum())) * width * dtype.itemsize
 
-    def has(self, rows: Tensor) -> bool:
-        """True if all `rows` are there."""
-        return bool(self._filled[rows].all())
-
-    def forget(self, rows: Tensor) -> None:
-        """`rows` are not there any more: what a trial put in was cut otherwise than a run will."""
-        self._filled[rows] = 0
+    def missing(self, rows: Tensor) -> list[Tensor]:
+        """The blocks (rows of one pass each) that must be computed before all `rows` are there."""
+        return [self._blocks[block] for block in self._block[rows[self._filled[rows] == 0]].unique().tolist()]
 
     def put(self, rows: Tensor, hidden: Tensor, *, left: bool) -> None:
         """Keeps the states of `rows` from a padded (N, L, d) batch."""
@@ -156,8 +154,13 @@ def plain(stack: Stack, examples: Examples) -> Shortcut:
     return Shortcut(stack, examples, 0, False, None, None)
 
 
-def shortcut(stack: Stack, examples: Examples, *, memory: int, disk: int, folder: Path | None) -> Shortcut:
-    """The best exact way through the model for these examples: at most `memory` bytes are kept in RAM, else `disk` bytes in a file."""
+def shortcut(
+    stack: Stack, examples: Examples, *, memory: int, disk: int, folder: Path | None, groups: Sequence[Tensor] = ()
+) -> Shortcut:  # fmt: skip
+    """The best exact way through the model for these examples: at most `memory` bytes are kept in RAM, else `disk` bytes in a file.
+
+    `groups` are rows that will be asked for together (a client's), every row in one at most; the others are a group of their own.
+    """
     family = _family(stack)
     if family is None:
         return plain(stack, examples)
@@ -171,11 +174,13 @@ def shortcut(stack: Stack, examples: Examples, *, memory: int, disk: int, folder
         if not isinstance(examples, Tokens) and not single:
             sizes = torch.full_like(sizes, _image_positions(stack, examples, family))
         needs = Store.bytes(sizes, width, dtype, single=single)
-        if needs <= memory or needs <= disk:
-            key = (stack.adapted.base.fingerprint, below, single)
+        if needs <= max(memory, disk):
+            cut = hashlib.blake2b(b"".join(group.numpy().tobytes() + b"/" for group in groups), digest_size=8).hexdigest()
+            key = (stack.adapted.base.fingerprint, below, single, stack.half, cut)
             kept = _KEPT.setdefault(examples, {})
             if key not in kept:
-                kept[key] = Store(sizes, width, dtype, single=single, folder=None if needs <= memory else folder)
+                place = None if needs <= memory else folder
+                kept[key] = Store(sizes, width, dtype, groups=groups, single=single, folder=place)
             store = kept[key]
     if store is None:
         below = 0
@@ -185,7 +190,8 @@ def shortcut(stack: Stack, examples: Examples, *, memory: int, disk: int, folder
 @torch.no_grad()
 def _image_positions(stack: Stack, examples: Examples, family: Family) -> int:
     inputs, _ = examples.batch(torch.arange(1))
-    made: Tensor = _root(stack).get_submodule(family.embedding)(*inputs.values())
+    like = next(stack.adapted.base.module.parameters())
+    made: Tensor = _root(stack).get_submodule(family.embedding)(*(tensor.to(like.device, like.dtype) for tensor in inputs.values()))
     return made.shape[1]
 
 
@@ -216,8 +222,15 @@ def _family(stack: Stack) -> Family | None:
             layers, _ = root.get_submodule(family.layers), root.get_submodule(family.embedding)
         except AttributeError:
             continue
-        return family if isinstance(layers, nn.ModuleList) and len(layers) else None
+        if isinstance(layers, nn.ModuleList) and {type(layer).__name__ for layer in layers} <= set(family.kinds) and len(layers):
+            return None if _slides(module.config) else family
     return None
+
+
+def _slides(config: Any) -> bool:
+    """True where some layer sees a window only: the last row's keys are cut another way then."""
+    kinds = getattr(config, "layer_types", None) or ()
+    return "sliding_attention" in kinds or (not kinds and getattr(config, "sliding_window", None) is not None)
 
 
 def _below(stack: Stack, family: Family, count: int) -> int:
@@ -331,13 +344,21 @@ def _one_token(inputs: dict[str, Tensor], examples: Examples) -> dict[str, Tenso
     return made | ({"token_type_ids": torch.zeros_like(ids)} if "token_type_ids" in inputs else {})
 
 
-def _chunks(sizes: Tensor, tokens: int) -> Iterator[Tensor]:
-    """Positions of rising `sizes` in runs of at most `tokens` padded tokens."""
-    begin = 0
-    for end in range(1, len(sizes) + 1):
-        if end == len(sizes) or (end + 1 - begin) * int(sizes[end]) > tokens:
-            yield torch.arange(begin, end)
-            begin = end
+def _blocks(sizes: Tensor, groups: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """The block of each row, and the rows of each block: of one group, of rising size, at most `FILL` padded tokens."""
+    rest = torch.ones(len(sizes), dtype=torch.bool)
+    for group in groups:
+        rest[group] = False
+    block, blocks = torch.empty(len(sizes), dtype=torch.long), list[Tensor]()
+    for group in (*groups, rest.nonzero()[:, 0]):
+        ordered = group[sizes[group].argsort(stable=True)]
+        lengths, begin = sizes[ordered].tolist(), 0
+        for end in range(1, len(lengths) + 1):
+            if end == len(lengths) or (end + 1 - begin) * lengths[end] > FILL:
+                block[ordered[begin:end]] = len(blocks)
+                blocks.append(ordered[begin:end])
+                begin = end
+    return block, blocks
 
 
 def _shared(size: int, folder: Path | None) -> Tensor:
@@ -346,5 +367,5 @@ def _shared(size: int, folder: Path | None) -> Tensor:
     if folder is None:
         return torch.from_numpy(np.frombuffer(mmap.mmap(-1, size), dtype=np.uint8, count=size))
     with tempfile.TemporaryFile(dir=folder) as file:
-        file.truncate(size)
+        os.posix_fallocate(file.fileno(), 0, size)  # all of it now: a disk that fills up later would kill the process
         return torch.from_numpy(np.frombuffer(mmap.mmap(file.fileno(), size), dtype=np.uint8, count=size))

@@ -34,7 +34,7 @@ class Stack:
 
     def __init__(self, adapted: Adapted, *, half: bool = False, checkpointing: bool = False) -> None:
         self.adapted, self.clients = adapted, Clients()
-        self._checkpointing = checkpointing
+        self.half, self._checkpointing = half, checkpointing
         self.layers: dict[str, Stacked] = {}  # path in the module -> what computes there
         self._swaps: list[tuple[nn.Module, str, nn.Module]] = []
         module, own = adapted.base.module, _owners(adapted)
@@ -87,7 +87,9 @@ class Stack:
         device, own = self.adapted.base.device, self.adapted.parameters
         scales = scales or [self.adapted.scales] * len(starts)
         for name, parameter in own.items():
-            rows = [_fitting(start, name, parameter) / scale.get(name, 1.0) for start, scale in zip(starts, scales, strict=True)]
+            rows = [
+                _fitting(start, name, parameter, any_rank=True) / scale.get(name, 1.0) for start, scale in zip(starts, scales, strict=True)
+            ]
             shape = [max(sizes) for sizes in zip(*(row.shape for row in rows), strict=True)]
             stacked = torch.zeros(len(rows), *shape, dtype=parameter.dtype)
             for into, row in zip(stacked, rows, strict=True):
@@ -99,10 +101,19 @@ class Stack:
             else:
                 self.clients.scales.pop(name, None)
 
-    def check(self, start: Tensors) -> None:
-        """Raises `ValueError` for a tensor that is missing or does not fit."""
+    def check(self, start: Tensors, *, any_rank: bool) -> None:
+        """Raises `ValueError` for a tensor that is missing, unknown or ill-shaped; ranks are the adapter's, or a layer's own."""
+        for name in start:
+            if not is_own(name) and name not in self.adapted.parameters:
+                raise ValueError(f"{name} is not a tensor of this adapter; do server and client use the same adapter= and model=?")
+        ranks: dict[str, set[int]] = {}
         for name, parameter in self.adapted.parameters.items():
-            _fitting(start, name, parameter)
+            tensor = _fitting(start, name, parameter, any_rank=any_rank)
+            for axis in _free(name):
+                ranks.setdefault(name[:-2], set()).add(tensor.shape[axis])
+        for target, found in ranks.items():
+            if len(found) > 1:
+                raise ValueError(f"the factors of {target} have ranks {', '.join(map(str, sorted(found)))}; needed is one rank")
 
     def read(self, client: int, start: Tensors, scales: Mapping[str, float] | None = None) -> Tensors:
         """The boundary tensors of one row, in the shapes of `start`, on the CPU."""
@@ -184,21 +195,20 @@ def _made(clients: Clients, inner: nn.Module, parts: Mapping[str, str], *, produ
     raise Unstackable(f"{' and '.join(sorted(parts))} of a {kind}, for which there is no stacked layer")
 
 
-def _fitting(start: Tensors, name: str, like: Tensor) -> Tensor:
-    """A client's tensor; its rank may be any, every other size is the adapter's."""
+def _free(name: str) -> tuple[int, ...]:
+    """The axes of a factor that are its rank."""
+    return {".A": (0,), ".B": (1,), ".R": (0, 1)}.get(name[-2:], ())
+
+
+def _fitting(start: Tensors, name: str, like: Tensor, *, any_rank: bool) -> Tensor:
+    """A client's tensor in the adapter's dtype. `any_rank`: its rank may be another than the adapter's."""
     if name not in start:
         raise ValueError(f"{name} was neither sent nor kept; do server and client use the same adapter=?")
-    tensor = start[name]
-    free = {".A": (0,), ".B": (1,), ".R": (0, 1)}.get(name[-2:], ())
-    if tensor.dim() != like.dim() or any(i not in free and a != b for i, (a, b) in enumerate(zip(tensor.shape, like.shape, strict=True))):
+    tensor, free = start[name], _free(name) if any_rank else ()
+    fits = tensor.dim() == like.dim() and all(i in free or a == b for i, (a, b) in enumerate(zip(tensor.shape, like.shape, strict=True)))
+    if not fits or any(tensor.shape[i] < 1 for i in free) or tensor.is_floating_point() != like.is_floating_point():
         raise ValueError(
-            f"{name} is {tuple(tensor.shape)}, the adapter here has {tuple(like.shape)}; do server and client use the same rank and model?"
+            f"{name} is {tuple(tensor.shape)} {tensor.dtype}, the adapter here has {tuple(like.shape)} {like.dtype}; "
+            "do server and client use the same rank and model?"
         )
     return tensor.to(like.dtype)
-
-
-def check_names(start: Tensors, adapted: Adapted) -> None:
-    """Raises `ValueError` for a tensor that this adapter does not have; names with a slash belong to a strategy."""
-    for name in start:
-        if not is_own(name) and name not in adapted.parameters:
-            raise ValueError(f"{name} is not a tensor of this adapter; do server and client use the same adapter= and model=?")

@@ -244,6 +244,9 @@ class EmbeddingProduct(Stacked):
         A, index = self._clients.of(self._names["A"])
         at = torch.arange(owners, device=ids.device) if index is None else index
         h = A.mT[at.unsqueeze(1), ids]  # (N, L, r)
+        inner: Any = self.base_layer
+        if inner.padding_idx is not None:  # as in torch's embeddings, this word learns nothing
+            h = torch.where((ids == inner.padding_idx).unsqueeze(-1), h.detach(), h)
         s = self._clients.scale(self._names["B"])
         return y + torch.bmm(h if s is None else h * s, self._clients.each(self._names["B"]).mT).to(y.dtype)
 

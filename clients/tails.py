@@ -26,8 +26,12 @@ Tail = Callable[[Any, Tensor, Row, dict[str, Any]], Tensor]  # (layer, (N, L, d)
 
 @dataclass(frozen=True)
 class Family:
-    """Where a family of models keeps its layers. Paths are below the model's `base_model_prefix`."""
+    """Where a family of models keeps its layers. Paths are below the model's `base_model_prefix`.
 
+    A family is known by the very classes of its layers: what looks alike may scale its embeddings, leave out positions or slide a window.
+    """
+
+    kinds: tuple[str, ...]  # class names of the layers
     layers: str
     embedding: str  # what makes the first hidden state
     silent: tuple[str, ...]  # embeddings whose output is added to it afterwards
@@ -99,8 +103,8 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 FAMILIES = (
-    Family("encoder.layer", "embeddings", (), _bert, reads_last=False),
-    Family("layers", "embeddings", (), _vit, reads_last=False),
-    Family("h", "wte", ("wpe",), _gpt2, reads_last=True),
-    Family("layers", "embed_tokens", (), _llama, reads_last=True),
+    Family(("BertLayer", "RobertaLayer", "XLMRobertaLayer", "CamembertLayer"), "encoder.layer", "embeddings", (), _bert, reads_last=False),
+    Family(("ViTLayer",), "layers", "embeddings", (), _vit, reads_last=False),
+    Family(("GPT2Block",), "h", "wte", ("wpe",), _gpt2, reads_last=True),
+    Family(("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer"), "layers", "embed_tokens", (), _llama, reads_last=True),
 )

@@ -6,7 +6,7 @@ w_i = 1 / (the client's batch), and steps all clients' optimizers at once. No sa
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -15,7 +15,6 @@ from torch import Tensor
 from clients.optim import Descent
 from clients.plan import Plan
 from clients.prefix import Shortcut
-from clients.stack import check_names
 from clients.train import Job, batches, check_finite, dropout_keys, dropping, finished
 from fedpeft.lowrank import LowRank
 from fedpeft.messages import Update
@@ -65,39 +64,42 @@ class Wave:
     def train(self, phase: Phase, jobs: Sequence[Job], *, round: int) -> list[Done]:
         """Each job's update and memory, or the `ValueError` that it alone raised. All jobs have one `base_delta`."""
         began = time.perf_counter()
-        good, results = self._loadable(jobs)
-        if good:
-            with self._open(good) as (way, starts):
-                moving = [name for name, p in way.stack.adapted.parameters.items() if phase.trains(name) and p.is_floating_point()]
-                run = _Run(way, self.plan, phase, good, starts, moving, self.private, self.draw)
-                seen = run.gradient() if phase.work == "gradient" else run.descend()
-                seconds = (time.perf_counter() - began) / len(good)
-                for k, job in enumerate(good):
-                    results[job.client] = _result(phase, job, way.stack.read(k, starts[k], job.scales), seen[k], seconds, round)
+        own = self.way.stack.adapted.parameters
+        moving = [name for name, parameter in own.items() if phase.trains(name) and parameter.is_floating_point()]
+        nothing = None if moving else ValueError("this round trains no tensor of the adapter; choose another adapter= or strategy=")
+        results: dict[int, Done] = {job.client: fault for job in jobs if (fault := nothing or self._fault(job))}
+        good = [job for job in jobs if job.client not in results]
+        try:
+            if good:
+                with self._open(good) as (way, starts):
+                    run = _Run(way, self.plan, phase, good, starts, moving, self.private, self.draw)
+                    seen = run.gradient() if phase.work == "gradient" else run.descend()
+                    seconds = (time.perf_counter() - began) / len(good)
+                    for k, job in enumerate(good):
+                        results[job.client] = _result(phase, job, way.stack.read(k, starts[k], job.scales), seen[k], seconds, round)
+        except _Unfit as fault:
+            results |= {job.client: ValueError(str(fault)) for job in good}
         return [results[job.client] for job in jobs]
 
     def score(self, jobs: Sequence[Job], weights: Sequence[Tensor]) -> list[Score | ValueError]:
         """How each job's own model does on its rows of `way.examples`, weighted by `weights` (one number a row)."""
-        good, failed = self._loadable(jobs)
-        shares = {job.client: weight for job, weight in zip(jobs, weights, strict=True)}
-        if not good:
-            return [fault for fault in failed.values() if isinstance(fault, ValueError)]
-        with self._open(good) as (way, _), torch.no_grad():
-            found = dict(zip((job.client for job in good), _scores(way, self.plan, good, shares), strict=True))
-        return [found[job.client] if job.client in found else _fault(failed[job.client]) for job in jobs]
+        results: dict[int, Score | ValueError] = {job.client: fault for job in jobs if (fault := self._fault(job))}
+        good = [(job, weight) for job, weight in zip(jobs, weights, strict=True) if job.client not in results]
+        try:
+            if good:
+                with self._open([job for job, _ in good]) as (way, _), torch.no_grad():
+                    results |= _scores(way, self.plan, good)
+        except _Unfit as fault:
+            results |= {job.client: ValueError(str(fault)) for job, _ in good}
+        return [results[job.client] for job in jobs]
 
-    def _loadable(self, jobs: Sequence[Job]) -> tuple[list[Job], dict[int, Done]]:
-        """The jobs whose tensors fit the adapter, and what is wrong with the others."""
-        good: list[Job] = []
-        bad: dict[int, Done] = {}
-        for job in jobs:
-            try:
-                check_names(job.start, self.way.stack.adapted)
-                self.way.stack.check(job.start)
-                good.append(job)
-            except ValueError as fault:
-                bad[job.client] = fault
-        return good, bad
+    def _fault(self, job: Job) -> ValueError | None:
+        """Why the job's tensors do not fit the adapter."""
+        try:
+            self.way.stack.check(job.start, any_rank=job.scales is not None)
+        except ValueError as fault:
+            return fault
+        return None
 
     @contextmanager
     def _open(self, jobs: Sequence[Job]) -> Iterator[tuple[Shortcut, list[Tensors]]]:
@@ -106,16 +108,25 @@ class Wave:
         way = self.way if self._above(delta) else self.plain
         starts = [job.start for job in jobs]
         adapted = way.stack.adapted
-        with adapted.shifted(delta), way.stack.on():
+        with ExitStack() as opened:
+            try:
+                opened.enter_context(adapted.shifted(delta))
+            except ValueError as fault:
+                raise _Unfit(str(fault)) from fault
+            opened.enter_context(way.stack.on())
             for job in jobs:
                 way.fill(job.rows)
             way.stack.load(starts, [adapted.scales if job.scales is None else job.scales for job in jobs])
-            with way.on():
-                yield way, starts
+            opened.enter_context(way.on())
+            yield way, starts
 
     def _above(self, delta: Sequence[Mapping[str, LowRank]]) -> bool:
         """True if what is added to the base touches no layer below the lowest adapter."""
         return all(target in self.way.stack.layers for chunk in delta for target in chunk)
+
+
+class _Unfit(Exception):
+    """What is to be added to the base fits no layer: a fault of all jobs."""
 
 
 @dataclass
@@ -255,22 +266,17 @@ def _result(phase: Phase, job: Job, end: Tensors, seen: list[float], seconds: fl
         return fault
 
 
-def _scores(way: Shortcut, plan: Plan, jobs: Sequence[Job], shares: Mapping[int, Tensor]) -> list[Score]:
+def _scores(way: Shortcut, plan: Plan, judged: Sequence[tuple[Job, Tensor]]) -> dict[int, Score]:
     task, device = way.stack.adapted.base.task, way.stack.adapted.base.device
-    rows = torch.cat([job.rows for job in jobs])
-    owner = torch.cat([torch.full((len(job.rows),), k) for k, job in enumerate(jobs)])
-    weight = torch.cat([shares[job.client].double() for job in jobs])
-    sums = torch.zeros(3, len(jobs), dtype=torch.float64)
+    rows = torch.cat([job.rows for job, _ in judged])
+    owner = torch.cat([torch.full((len(job.rows),), k) for k, (job, _) in enumerate(judged)])
+    weight = torch.cat([weight.double() for _, weight in judged])
+    sums = torch.zeros(3, len(judged), dtype=torch.float64)
     for cut in plan.cut(way.examples.lengths()[rows]):
         way.stack.clients.seat(owner[cut].to(device))
         inputs, targets = way.batch(rows[cut])
         logits, targets = way.stack.logits(inputs), targets.to(device)
-        w = weight[cut]
         for into, each in zip(sums, (losses(task, logits, targets), hits(task, logits, targets), torch.ones(len(cut))), strict=True):
-            into.index_add_(0, owner[cut], each.double().cpu() * w)
-    return [Score(float(loss / total), float(right / total), len(job.rows)) for loss, right, total, job in zip(*sums, jobs, strict=True)]
-
-
-def _fault(done: Done) -> ValueError:
-    assert isinstance(done, ValueError)
-    return done
+            into.index_add_(0, owner[cut], each.double().cpu() * weight[cut])
+    shares = (sums[:2] / sums[2]).T.tolist()
+    return {job.client: Score(loss, right, len(job.rows)) for (job, _), (loss, right) in zip(judged, shares, strict=True)}

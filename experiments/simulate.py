@@ -79,8 +79,9 @@ def _drive(what: str, config: Config, setting: Setting, folder: Folder, watch: W
     known: dict[str, float] = folder.manifest()["measured"]
     memory = Memory(folder.path / "memory", replies=False)
     site = Site(setting, build(config.strategy), build(config.codec), memory, known=known)
+    measured = site.prepare()
     if not known:
-        folder.note({"measured": {**site.engine.facts, "lanes": site.lanes}})
+        folder.note({"measured": measured})
     nodes = {InProcessGrid.FIRST + client: client for client in range(config.clients)}
     with _lanes(site, folder, setting) as lanes:
         grid = InProcessGrid(serve(site, nodes, lanes), config.clients)

@@ -20,6 +20,10 @@ class LowRank:
     B: Tensor
     A: Tensor
 
+    def __post_init__(self) -> None:
+        if self.B.dim() != 2 or self.A.dim() != 2 or self.B.shape[1] != self.A.shape[0]:
+            raise ValueError(f"B {tuple(self.B.shape)} and A {tuple(self.A.shape)} have no product; needed are (m, r) and (r, n)")
+
     @property
     def rank(self) -> int:
         """The width r of the factors, an upper bound of the product's rank."""

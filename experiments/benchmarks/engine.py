@@ -74,13 +74,21 @@ def main() -> None:
     if not chosen.quick:
         cases += [Case(layers, 8, 5, one_process=False) for layers in LAYERS] + [Case("all layers", 4, 40, one_process=False)]
     base, examples = opened(chosen.data)
+    gemm = ceiling(base)
+    each = float(examples.lengths().double().mean())
     table = []
     for case in cases:
         turns = max(1, chosen.turns // 2) if case.steps > 5 else chosen.turns  # long ones
-        table.append(measured(base, examples, case, chosen.clients, turns, chosen.cores))
+        row = measured(base, examples, case, chosen.clients, turns, chosen.cores)
+        if (
+            case.layers == "all layers" and not case.private
+        ):  # forward and back through every frozen weight: 4 operations a weight and token
+            work = 4e-6 * gemm["linear_weights"] * case.batch * each
+            row["share_of_gemm"] = {n: round(work / ms[0] / (chosen.cores * gemm["gflops_one_core"]), 2) for n, ms in row["ms"].items()}
+        table.append(row)
         print(shown(table[-1]), flush=True)
     result: dict[str, Any] = {"machine": machine(chosen.cores), "clients": chosen.clients, "turns": chosen.turns, "table": table}
-    result["gemm"] = ceiling(base)
+    result["gemm"] = gemm | {"tokens_of_an_example": round(each, 1)}
     result["clients_table"] = scaling(base, examples, chosen.cores)
     if chosen.ray:
         result["ray"] = compared(Path(chosen.data), chosen.clients, 5, 4, chosen.cores)
@@ -114,7 +122,7 @@ def measured(base: Base, examples: Examples, case: Case, clients: int, turns: in
     def hooked(turn: int, mine: Sequence[int]) -> None:
         opacus(adapted, examples, [job(client, turn) for client in mine])
 
-    engine = Engine(adapted, examples, Options(), batch=case.batch)
+    engine = Engine(adapted, examples, Options(), groups=share, batch=case.batch, lanes=cores)
     assert engine._wave is not None
     noise = SecretNoise()
     private = Private(clip=1.0, expected=float(case.batch), noise_multiplier=0.5, noise=lambda client, size: noise.normal(size))
@@ -328,6 +336,7 @@ def shown(row: dict[str, Any]) -> str:
     head = f"{row['layers']}, batch {row['batch']}, {row['steps']} steps a call{', private' if row['private'] else ''}  ({row['plan']})"
     lines = [f"  {name:34s} {each[0]:8.2f} ms [{each[1]:.2f}, {each[2]:.2f}]" for name, each in row["ms"].items()]
     lines += [f"  {name:34s} {each[0]:8.2f} x the engine [{each[1]}, {each[2]}]" for name, each in row["times_of_engine"].items()]
+    lines += [f"  {name:34s} {share:8.0%} of the cores' matrix product" for name, share in row.get("share_of_gemm", {}).items()]
     return "\n".join([head, *lines])
 
 

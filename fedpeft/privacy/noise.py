@@ -18,14 +18,20 @@ class SecretNoise:
     """A stream of standard normal numbers that nobody can draw again."""
 
     def __init__(self) -> None:
-        self._stream = Cipher(algorithms.ChaCha20(os.urandom(32), bytes(16)), mode=None).encryptor()
+        self._renew()
 
     def normal(self, size: int) -> Tensor:
         """(size,) float32."""
+        if self._process != os.getpid():  # after a fork two processes would draw the same
+            self._renew()
         made = torch.empty(size + size % 2)
         for begin in range(0, len(made), PIECE):
             self._fill(made[begin : begin + PIECE])
         return made[:size]
+
+    def _renew(self) -> None:
+        self._process = os.getpid()
+        self._stream = Cipher(algorithms.ChaCha20(os.urandom(32), bytes(16)), mode=None).encryptor()
 
     def _fill(self, into: Tensor) -> None:
         half = len(into) // 2
