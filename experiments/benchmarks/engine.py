@@ -6,7 +6,7 @@ MiniLM, LoRA r=8 on query and value, texts of banking77 in their real lengths, e
 All variants run in turns, several times, in one process tree on the same cores: (a) stock peft in one process of two threads, (b) in two
 processes of one thread, the engine in as many lanes as there are cores; for differential privacy also Opacus' hooks in two processes.
 Printed are milliseconds a client-step (wall clock of all clients' steps) as median and range, and the median and range of the ratios of
-paired turns. `--ray` adds (c): Flower's simulation engine with an app in the style of Flower's own LLM example (`engine_ray.py`).
+paired turns. `--ray also` adds (c): Flower's simulation engine with an app in the style of Flower's own LLM example (`engine_ray.py`).
 """
 
 import argparse
@@ -66,10 +66,13 @@ def main() -> None:
     options.add_argument("--turns", type=int, default=3)
     options.add_argument("--cores", type=int, default=2)
     options.add_argument("--quick", action="store_true", help="only 5 steps a call, batch 4")
-    options.add_argument("--ray", action="store_true", help="also Flower's Ray engine; minutes")
+    options.add_argument("--ray", choices=("no", "also", "only"), default="no", help="Flower's Ray engine; minutes")
     options.add_argument("--json", type=Path)
     chosen = options.parse_args()
     torch.set_num_threads(1)
+    if chosen.ray == "only":
+        print(json.dumps(machine(chosen.cores) | compared(Path(chosen.data), chosen.clients, 5, 4, chosen.cores)))
+        return
     cases = [Case(layers, 4, 5) for layers in LAYERS] + [Case("all layers", 4, 5, private=True)]
     if not chosen.quick:
         cases += [Case(layers, 8, 5, one_process=False) for layers in LAYERS] + [Case("all layers", 4, 40, one_process=False)]
@@ -90,7 +93,7 @@ def main() -> None:
     result: dict[str, Any] = {"machine": machine(chosen.cores), "clients": chosen.clients, "turns": chosen.turns, "table": table}
     result["gemm"] = gemm | {"tokens_of_an_example": round(each, 1)}
     result["clients_table"] = scaling(base, examples, chosen.cores)
-    if chosen.ray:
+    if chosen.ray == "also":
         result["ray"] = compared(Path(chosen.data), chosen.clients, 5, 4, chosen.cores)
         print(json.dumps(result["ray"]), flush=True)
     print(json.dumps({name: result[name] for name in ("machine", "gemm", "clients_table")}))

@@ -1,7 +1,8 @@
 """Baseline (c) of the engine's benchmark: a Flower simulation on Ray, in the style of Flower's own LLM example, against `fedpeft run`.
 
-Every call loads the base model, puts LoRA on it, sets the state, trains and returns the state; `cached` keeps base and adapter in the actor
-instead. Both jobs are whole processes: start, loading, three rounds of all clients. No model is tested along the way.
+Every call loads tokenizer and base model, puts LoRA on it, sets the state, trains with transformers' Trainer and returns the state, as that
+example does; `cached` keeps tokenized texts, base and adapter in the actor and steps in a plain loop. Both jobs are whole processes: start,
+loading, three rounds of all clients. No model is tested along the way.
 
     python -m experiments.benchmarks.engine_ray FOLDER_OF_BANKING77 reload|cached CLIENTS STEPS BATCH CORES
 """
@@ -86,9 +87,9 @@ def main(folder: str, how: str, clients: int, steps: int, batch: int, cores: int
         import torch
 
         torch.set_num_threads(1)
-        made = loaded(folder) if how == "cached" else loaded.__wrapped__(folder)
         client = int(context.node_config["partition-id"])
-        state = trained(made, message.content.array_records["state"].to_torch_state_dict(), client, clients, steps, batch)
+        sent: dict[str, Any] = message.content.array_records["state"].to_torch_state_dict()
+        state = (trained if how == "cached" else trained_by_trainer)(folder, sent, client, clients, steps, batch)
         return Message(
             RecordDict({"state": ArrayRecord(state), "facts": MetricRecord({"examples": float(steps * batch)})}), reply_to=message
         )
@@ -152,12 +153,42 @@ def start_of(made: tuple[Any, Any]) -> dict[str, Any]:
     return state
 
 
-def trained(made: tuple[Any, Any], state: dict[str, Any], client: int, clients: int, steps: int, batch: int) -> dict[str, Any]:
-    """One client's call: state in, steps with stock peft, state out."""
+def trained_by_trainer(folder: str, state: dict[str, Any], client: int, clients: int, steps: int, batch: int) -> dict[str, Any]:
+    """One client's call as in Flower's example: everything but the texts is loaded anew."""
+    import torch
+    import transformers
+    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+
+    from fedpeft.models.load import quiet
+    from fedpeft.models.minilm import packaged
+
+    dataset, _ = texts(folder)
+    table, where = dataset.train, str(packaged())
+    rows = torch.randperm(len(table), generator=torch.Generator().manual_seed(0)).chunk(clients)[client]
+    with quiet(), tempfile.TemporaryDirectory() as place:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(where)
+        module = transformers.AutoModelForSequenceClassification.from_pretrained(where, num_labels=len(dataset.classes))
+        model = get_peft_model(module, LoraConfig(task_type="SEQ_CLS", r=8, lora_alpha=16, target_modules=["query", "value"]))
+        set_peft_model_state_dict(model, state)
+        mine = [
+            {**tokenizer(table.inputs[row], truncation=True, max_length=128), "labels": int(table.labels[row])} for row in rows.tolist()
+        ]
+        facts = transformers.TrainingArguments(
+            output_dir=place, max_steps=steps, per_device_train_batch_size=batch, learning_rate=3e-3, lr_scheduler_type="constant",
+            report_to=[], disable_tqdm=True, save_strategy="no", logging_strategy="no", use_cpu=True,
+        )  # fmt: skip
+        collator = transformers.DataCollatorWithPadding(tokenizer)
+        transformers.Trainer(model=model, args=facts, train_dataset=mine, data_collator=collator).train()
+    ended: dict[str, Any] = get_peft_model_state_dict(model)
+    return ended
+
+
+def trained(folder: str, state: dict[str, Any], client: int, clients: int, steps: int, batch: int) -> dict[str, Any]:
+    """One client's call on what the actor keeps: state in, steps with stock peft, state out."""
     import torch
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-    model, examples = made
+    model, examples = loaded(folder)
     set_peft_model_state_dict(model, state)
     rows = torch.randperm(len(examples), generator=torch.Generator().manual_seed(0)).chunk(clients)[client]
     descent = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)

@@ -20,15 +20,17 @@ from pathlib import Path
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--clients", type=int, default=1000)
+    options.add_argument("--cohort", type=int, help="clients a round; all of them if it is left out")
     options.add_argument("--rounds", type=int, default=3)
     options.add_argument("--strategy", default="fedavg")
     options.add_argument("--data", required=True, help="folder with banking77's train.csv.gz and test.csv.gz")
     chosen = options.parse_args()
+    cohort = chosen.cohort or chosen.clients
     with tempfile.TemporaryDirectory() as place:
         command = [
             sys.executable, "-c", "from fedpeft.cli import main; main()", "run", "model=minilm", "data=banking77",
             f"data.path={chosen.data}", "data.partition.scheme=iid", "adapter.targets=[query,value]", f"strategy={chosen.strategy}",
-            f"clients={chosen.clients}", f"cohort={chosen.clients}", f"rounds={chosen.rounds}", "train.steps=1", "train.batch=2",
+            f"clients={chosen.clients}", f"cohort={cohort}", f"rounds={chosen.rounds}", "train.steps=1", "train.batch=2",
             "evaluate.every=1000", "evaluate.head_only=false", f"run.dir={place}/run", "--json",
         ]  # fmt: skip
         began = time.perf_counter()
@@ -43,7 +45,7 @@ def main() -> None:
             sys.exit(f"the run failed with exit code {process.returncode}")
         disk = sum(file.stat().st_size for file in Path(place).rglob("*") if file.is_file())
     result = {
-        "clients": chosen.clients, "rounds": chosen.rounds, "strategy": chosen.strategy, "peak_pss_mb": round(peak / 1e6),
+        "clients": chosen.clients, "cohort": cohort, "rounds": chosen.rounds, "strategy": chosen.strategy, "peak_pss_mb": round(peak / 1e6),
         "disk_mb": round(disk / 1e6), "seconds": round(time.perf_counter() - began, 1), "bytes": json.loads(printed)["bytes"],
         "torch": metadata.version("torch"),
         "machine": f"{platform.machine()}, Python {platform.python_version()}",

@@ -98,3 +98,27 @@ def test_training_order_of_clients_changes_nothing(setting: Setting, tmp_path: P
     forward = {client: one.answer(client, "train", content)["payload"]["data"].data for client in (0, 1, 2)}
     backward = {client: two.answer(client, "train", content)["payload"]["data"].data for client in (2, 1, 0)}
     assert forward == backward
+
+
+def test_a_client_that_no_test_example_resembles_is_a_fault_of_its_own(setting: Setting, tmp_path: Path, monkeypatch) -> None:
+    here = site(setting, tmp_path, strategy="fedsa")
+    judged = Setting.judged
+
+    def none_for_two(self: Setting, client: int):
+        if client == 2:
+            raise ValueError("no test example has a label that this client holds; give the data more test rows")
+        return judged(self, client)
+
+    monkeypatch.setattr(Setting, "judged", none_for_two)
+    grid = InProcessGrid(serve(here, {InProcessGrid.FIRST + client: client for client in range(4)}), 4)
+    traffic = Traffic()
+    found = dict(connect(grid, here.codec, 4).evaluate(1, dict.fromkeys(range(4), Broadcast(setting.adapted.read())), traffic))
+    assert sorted(found) == [0, 1, 3]
+    assert [(fault.client, "no test example has a label" in fault.reason) for fault in traffic.faults] == [(2, True)]
+
+
+@pytest.mark.parametrize("round", [-1, 3, 10**18])
+def test_a_round_that_the_run_does_not_have_is_refused(setting: Setting, tmp_path: Path, round: int) -> None:
+    _, content = message(setting, round)
+    with pytest.raises(ValueError, match=rf"the message's round is {round}, this run has rounds 0 to 1"):
+        site(setting, tmp_path).answer(0, "train", content)

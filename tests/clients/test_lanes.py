@@ -39,6 +39,36 @@ def test_what_the_disk_says_reaches_the_parent_as_it_was() -> None:
     assert (caught.value.errno, caught.value.filename) == (28, "there")
 
 
+def test_a_mistake_in_a_lane_is_one_sentence() -> None:
+    def wrong(order: int) -> None:
+        raise KeyError("head")
+
+    with Lanes(lambda lane: wrong, 2) as lanes, pytest.raises(OSError, match="a lane failed: KeyError: 'head'"):
+        list(lanes.map([1, 2]))
+
+
+def test_orders_that_nobody_waits_for_answer_no_later_one() -> None:
+    with Lanes(lambda lane: lambda order: f"answer to {order}", 2) as lanes:
+        first = lanes.map("abcd")
+        next(first)
+        first.close()
+        assert dict(lanes.map("xy")) == {0: "answer to x", 1: "answer to y"}
+
+
+def test_leaving_in_the_middle_of_work_does_not_wait_for_it() -> None:
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert time.monotonic() - began < 30
+    assert not multiprocessing.active_children()
+
+
+def interrupted() -> None:
+    with Lanes(lambda lane: lambda order: time.sleep(60 * order), 3) as lanes:
+        for _ in lanes.map([0, 1, 1]):
+            raise KeyboardInterrupt
+
+
 def test_a_lane_that_dies_is_said() -> None:
     def die(order: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 from clients.engine import Engine
@@ -23,6 +24,7 @@ from fedpeft.config import Options, Training
 from fedpeft.lowrank import LowRank
 from fedpeft.messages import Broadcast
 from fedpeft.models.base import Base, Examples, Images
+from fedpeft.models.load import quiet, tokens
 from fedpeft.models.score import losses, score
 from fedpeft.strategy import Phase
 from fedpeft.tensors import Tensors, is_a, is_head, not_a, not_b
@@ -277,6 +279,87 @@ def test_other_tensors_than_the_adapters_are_refused(adapted: Adapted, texts: Ex
     assert "stranger.A is not a tensor of this adapter" in str(got[0])
     assert "head.classifier.bias is (9,) torch.float32, the adapter here has (3,) torch.float64" in str(got[1])
     assert not isinstance(got[2], ValueError)
+
+
+def test_tensors_that_do_not_fit_one_another_are_refused_and_the_others_go_on(adapted: Adapted, texts: Examples) -> None:
+    some, name = jobs(adapted.read()), "bert.encoder.layer.0.attention.self.query"
+    some[0].broadcast.tensors[f"{name}.A"] = torch.zeros(5, 24, dtype=torch.float64)
+    some[1] = replace(some[1], scales=adapted.scales)
+    some[1].broadcast.tensors[f"{name}.A"] = torch.zeros(5, 24, dtype=torch.float64)
+    some[2].broadcast.tensors[f"{name}.B"] = torch.zeros(24, 3, dtype=torch.int32)
+    got = wave(adapted, texts).train(PLAIN, some, round=0)
+    assert f"{name}.A is (5, 24) torch.float64, the adapter here has (3, 24)" in str(got[0])
+    assert f"the factors of {name} have ranks 3, 5; needed is one rank" in str(got[1])
+    assert f"{name}.B is (24, 3) torch.int32" in str(got[2])
+    assert not isinstance(got[3], ValueError)
+
+
+def test_a_round_that_trains_nothing_and_a_base_that_does_not_fit_are_said(adapted: Adapted, texts: Examples) -> None:
+    made, start = wave(adapted, texts), adapted.read()
+    assert all("this round trains no tensor" in str(one) for one in made.train(Phase(trains=lambda name: False), jobs(start), round=0))
+    product = LowRank(torch.zeros(3, 1), torch.zeros(1, 3))
+    some = [replace(job, broadcast=Broadcast(job.broadcast.tensors, ({"bert.nowhere": product},))) for job in jobs(start)]
+    assert all("base_delta names the layer bert.nowhere" in str(one) for one in made.train(PLAIN, some, round=0))
+    assert not any(isinstance(one, ValueError) for one in made.train(PLAIN, jobs(start), round=0))
+
+
+def test_models_that_only_look_like_a_family_get_no_shortcut() -> None:
+    """Layers without positions, normed queries, sliding windows: their last rows are computed another way."""
+    common = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 40,
+              "vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "num_labels": 3}  # fmt: skip
+    for config, known in (
+        (transformers.SmolLM3Config(**common), False),
+        (transformers.Qwen3Config(**common, head_dim=6), False),
+        (transformers.Qwen2Config(**common, use_sliding_window=True, sliding_window=3, max_window_layers=0), False),
+        (transformers.Qwen2Config(**common), True),
+        (transformers.LlamaConfig(**common), True),
+    ):
+        with quiet():
+            module = transformers.AutoModelForSequenceClassification.from_config(config).double()
+        base = Base(module, "text", ("score.weight",), lambda table: table, "nowhere")
+        adapted = Lora(rank=2, targets=r".*layers[.]1[.].*q_proj").attach(base, seed=0)
+        data = tokens([[5, 9, 11], [7, 3, 8, 4, 9, 30]], torch.tensor([0, 1]), padding=0)
+        way = shortcut(Stack(adapted), data, memory=1 << 30, disk=0, folder=None)
+        assert (way.below, way.tail) == ((1, True) if known else (0, False))
+        job = Job(0, Broadcast(apart(adapted.read(), 0)), torch.arange(2), WORK, torch.Generator().manual_seed(0))
+        engine = Engine(adapted, data, Options(), known={"fixed": 8, "tokens": 64, "wave": 4})
+        (got,) = engine.train(PLAIN, [job], round=0)
+        want = train(adapted, PLAIN, data, replace(job, rng=torch.Generator().manual_seed(0)), round=0)
+        assert farthest([got], [want]) < 1e-10
+
+
+@pytest.mark.parametrize("kind", ["bert", "vit", "llama_classifier"])
+def test_a_base_in_half_precision_is_stacked_too(kind: str, tiny, examples, caplog) -> None:
+    base: Base = tiny(kind, torch.bfloat16)
+    adapted, data = Lora(rank=3, targets=rf".*[.]1[.].*({'|'.join(QV[kind])})").attach(base, seed=0), examples(base)
+    engine = Engine(adapted, data, Options(), known={"fixed": 8, "tokens": 64, "wave": 4})
+    assert engine.wave == 4
+    assert not caplog.records
+    for done in engine.train(PLAIN, jobs(adapted.read()), round=0):
+        assert not isinstance(done, ValueError)
+
+
+def test_the_store_has_the_same_bits_whoever_comes_first(tiny, examples) -> None:
+    base: Base = tiny("bert", torch.float32)
+    adapted = Lora(rank=3, targets=r".*layer[.]1[.].*query").attach(base, seed=0)
+    stack, ends = Stack(adapted), []
+    for order in ([[0, 3, 5], [3, 9], [1, 5]], [[1, 5], [0, 3, 5], [3, 9]]):
+        data = examples(base)  # a store of its own
+        way = shortcut(stack, data, memory=1 << 30, disk=0, folder=None, groups=[torch.tensor([0, 3, 5, 9]), torch.tensor([1])])
+        with stack.on():
+            for rows in order:
+                way.fill(torch.tensor(rows))
+        assert way.store is not None
+        ends.append(way.store.padded(torch.tensor([0, 1, 3, 5, 9]), 8, left=False).clone())
+    assert torch.equal(*ends)
+
+
+def test_padding_teaches_an_adapter_of_embeddings_nothing(tiny) -> None:
+    base: Base = tiny("bert")
+    adapted = Lora(rank=3, targets=("word_embeddings", "query")).attach(base, seed=0)
+    rows = [[5, 0, 7, 9], [3, 4], [0, 8, 6], [11, 12, 13]]  # 0 is the padding's word
+    data = tokens(rows * 3, torch.arange(12) % 3, padding=0)
+    check(adapted, data)
 
 
 @pytest.mark.parametrize("kind", ["bert", "vit", "gpt2", "llama_classifier"])

@@ -4,6 +4,7 @@ import pytest
 import torch
 from scipy import stats
 
+from clients.lanes import Lanes
 from fedpeft.privacy.noise import PIECE, SecretNoise
 
 pytestmark = pytest.mark.fast
@@ -24,6 +25,14 @@ def test_two_streams_and_two_draws_differ() -> None:
     first = one.normal(64)
     assert not torch.equal(first, other.normal(64))
     assert not torch.equal(first, one.normal(64))
+
+
+def test_two_processes_draw_other_noise_from_a_stream_made_before_they_parted() -> None:
+    stream = SecretNoise()
+    stream.normal(8)
+    with Lanes(lambda lane: lambda order: stream.normal(64).tolist(), 2) as lanes:
+        drawn = [answer for _, answer in lanes.map([1, 2])]
+    assert drawn[0] != drawn[1]
 
 
 @pytest.mark.parametrize("size", [0, 1, 2, 7])
