@@ -126,8 +126,10 @@ class Engine:
     def _alone(self, phase: Phase, job: Job, round: int) -> Done:
         try:
             return train(self.adapted, phase, self.examples, job, round=round)
-        except ValueError as fault:
-            return fault
+        except OSError:
+            raise
+        except Exception as fault:  # whatever happens in a client is that client's fault alone
+            return ValueError(str(fault) or repr(fault))
 
     def _scored(self, job: Job, weight: Tensor, examples: Examples) -> Score | ValueError:
         chosen = torch.zeros_like(weight)
