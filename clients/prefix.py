@@ -366,6 +366,9 @@ def _shared(size: int, folder: Path | None) -> Tensor:
     size = max(size, 1)
     if folder is None:
         return torch.from_numpy(np.frombuffer(mmap.mmap(-1, size), dtype=np.uint8, count=size))
+    folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder) as file:
-        os.posix_fallocate(file.fileno(), 0, size)  # all of it now: a disk that fills up later would kill the process
+        file.truncate(size)
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)  # all of it now: a disk that fills up later would kill the process
         return torch.from_numpy(np.frombuffer(mmap.mmap(file.fileno(), size), dtype=np.uint8, count=size))
