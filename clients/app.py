@@ -104,6 +104,7 @@ class Site:
     ) -> Iterator[tuple[int, str, RecordDict | str]]:
         """(client, kind, content of its reply, or its fault) for every (client, kind, content); `each` has the orders worked off."""
         good: dict[tuple[str, int], list[tuple[Ask, Broadcast]]] = {}
+        opened: dict[str, Broadcast] = {}  # each broadcast once, however many clients it was sent to
         for client, kind, content in messages:
             try:
                 ask = _ask(client, kind, content, self.setting.config.rounds)
@@ -114,7 +115,7 @@ class Site:
             if broadcast is None:
                 yield client, kind, to_records(Payload("[]", b""), {"resend": True})
             else:
-                good.setdefault((kind, ask.round), []).append((ask, broadcast))
+                good.setdefault((kind, ask.round), []).append((ask, opened.setdefault(ask.digest, broadcast)))
         for (kind, _), asked in good.items():
             orders = self._orders([ask for ask, _ in asked], {ask.digest: broadcast for ask, broadcast in asked})
             for position, replies in each(orders):

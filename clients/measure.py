@@ -25,6 +25,7 @@ POOL = 8192  # tokens of a wave's step on a CPU: enough for full micro-batches o
 MOST = 2048  # padded tokens of a micro-batch on a CPU; speed is flat from 500 and falls past 16,000
 GPU_FIRST, GPU_MOST = 8192, 1 << 20  # tokens: where the probe of a GPU begins and ends
 SHARE = 0.25  # of the machine's memory that the tensors of all lanes' waves may take
+WAVES, FEW = 256_000_000, 8  # bytes that the tensors of waves on a CPU take in all, unless that were fewer than so many clients a wave
 LOGITS = 400_000_000  # bytes of a language model's logits, their softmax and its gradient in one micro-batch on a CPU
 
 
@@ -119,7 +120,9 @@ def _wave(way: Shortcut, start: Tensors, tokens: int, batch: int, lanes: int) ->
     pool = POOL if base.device.type == "cpu" else 4 * tokens
     by_tokens = -(-pool // max(1, round(batch * float(way.examples.lengths().double().mean()))))
     each = 5 * sum(tensor.nbytes for tensor in start.values())
-    by_memory = int(SHARE * _memory(base.device) / max(each, 1) / (lanes if base.device.type == "cpu" else 1))
+    memory, side_by_side = SHARE * _memory(base.device), lanes if base.device.type == "cpu" else 1
+    fits = int(memory / side_by_side / max(each, 1))
+    by_memory = max(min(FEW, fits), int(min(memory, WAVES) / side_by_side / max(each, 1))) if base.device.type == "cpu" else fits
     found = max(1, min(by_tokens, 1 << max(by_memory, 1).bit_length() - 1, 256))
     logging.getLogger("fedpeft").debug("waves of %d clients (%d by tokens, %d by memory)", found, by_tokens, by_memory)
     return found

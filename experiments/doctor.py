@@ -18,7 +18,7 @@ from fedpeft.models.tiny import cache
 PACKAGES = ("fedpeft", "torch", "transformers", "peft", "flwr", "opacus", "hydra-core", "numpy", "grpcio", "ray", "datasets")
 FLEET = "127.0.0.1:9092"  # where a SuperLink on this machine listens for SuperNodes
 PER_CLIENT = 420_000  # bytes of one adapter: MiniLM, LoRA r=8 on query and value, 77-class head; the most a client holds of its own
-PER_PROCESS = 900_000_000  # bytes; the memory benchmark peaked at 0.83 and 0.89 GB, with clients that share what they hold
+PER_PROCESS = 1_400_000_000  # bytes of all processes; the memory benchmark peaked at 1.30 and 1.40 GB, two lanes included
 
 
 def examine(console: Console) -> int:
