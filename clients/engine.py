@@ -44,6 +44,7 @@ class Engine:
     lanes: int = 1
     known: Mapping[str, float] = field(default_factory=dict)
     folder: Path | None = None
+    _tests: Wave | None = None  # for the one set of examples that clients are scored on
 
     def train(self, phase: Phase, jobs: Sequence[Job], *, round: int) -> list[Done]:
         """What each job gives, or the `ValueError` that it alone raised; all at once, however many: `wave` says how many it should be."""
@@ -118,7 +119,7 @@ class Engine:
 
     def _test_wave(self, examples: Examples) -> Wave:
         assert self._wave is not None
-        if getattr(self, "_tests", None) is None:
+        if self._tests is None:
             stack = self._wave.way.stack
             self._tests = Wave(self._shortcut(stack, examples, self.adapted.read()), plain(stack, examples), self._wave.plan)
         return self._tests

@@ -6,9 +6,9 @@ Kept in the model cache and with the run: another plan rounds otherwise, so a ru
 import hashlib
 import json
 import logging
+import os
 import platform
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,7 +45,11 @@ def measured(way: Shortcut, start: Tensors, *, batch: int, lanes: int = 1) -> Pl
 
 def _key(way: Shortcut) -> str:
     base = way.stack.adapted.base
-    device = torch.cuda.get_device_name(base.device) if base.device.type == "cuda" else f"{platform.processor()} {torch.get_num_threads()}"
+    device = (
+        torch.cuda.get_device_name(base.device)
+        if base.device.type == "cuda"
+        else f"{platform.node()} {platform.machine()} {torch.get_num_threads()}"
+    )
     layers = sorted((path, sorted(layer._names)) for path, layer in way.stack.layers.items())
     typical = int(way.examples.lengths().double().median())
     text = json.dumps([base.fingerprint, base.task, device, torch.__version__, way.below, way.tail, layers, typical])
@@ -132,11 +136,7 @@ def _memory(device: torch.device) -> int:
     """All of it, not what is free just now: else a wave would be another tomorrow."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[1])
-    try:
-        with Path("/proc/meminfo").open() as lines:
-            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemTotal"))
-    except OSError:
-        return 4 << 30
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _wait(device: torch.device) -> None:

@@ -48,11 +48,6 @@ def _path(sizes: np.ndarray, counts: np.ndarray, fixed: int) -> list[tuple[int, 
     return pieces[::-1]
 
 
-def padded(lengths: Tensor, cuts: list[Tensor]) -> int:
-    """Padded tokens of a plan."""
-    return sum(len(cut) * int(lengths[cut].max()) for cut in cuts)
-
-
 def waves(clients: list[int], work: dict[int, float], most: int, lanes: int) -> list[list[int]]:
     """The clients of a round, sorted, cut into waves of at most `most`, a multiple of `lanes` of them if there are so many clients.
 

@@ -8,12 +8,13 @@ model's logits on examples of this very run.
 
 import contextlib
 import hashlib
+import logging
 import mmap
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -26,6 +27,7 @@ from clients.stack import Stack
 from clients.tails import FAMILIES, Family, Row, taken
 from fedpeft.models.base import Examples, Tokens
 
+log = logging.getLogger("fedpeft")
 FILL = 1024  # padded tokens of a pass that fills the store: fixed, for another cut rounds otherwise
 
 
@@ -39,6 +41,7 @@ class Shortcut:
     tail: bool
     family: Family | None
     store: "Store | None"
+    _state: "_State" = field(default_factory=lambda: _State())
 
     @contextmanager
     def on(self) -> Iterator[None]:
@@ -57,11 +60,6 @@ class Shortcut:
             places += [(path, _Silent(root.get_submodule(path))) for path in self.family.silent]
         with _replaced(root, places):
             yield
-
-    @property
-    def _state(self) -> "_State":
-        found: _State = self.stack.__dict__.setdefault("shortcut", _State())
-        return found
 
     def batch(self, rows: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Like `Examples.batch`; what is in the store must have been filled for these rows."""
@@ -174,7 +172,13 @@ def shortcut(
         if not isinstance(examples, Tokens) and not single:
             sizes = torch.full_like(sizes, _image_positions(stack, examples, family))
         needs = Store.bytes(sizes, width, dtype, single=single)
-        if needs <= max(memory, disk):
+        if needs > max(memory, disk):
+            log.warning(
+                "what %d frozen layers give takes %.1f GB and is computed anew each time; raise engine.cache or engine.disk",
+                below,
+                needs / 1e9,
+            )
+        else:
             cut = hashlib.blake2b(b"".join(group.numpy().tobytes() + b"/" for group in groups), digest_size=8).hexdigest()
             key = (stack.adapted.base.fingerprint, below, single, stack.half, cut)
             kept = _KEPT.setdefault(examples, {})

@@ -9,6 +9,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from clients.app import Site, lane_on_gpu
@@ -93,12 +94,18 @@ def test_lanes_that_open_the_run_for_themselves_give_the_same_bytes(tmp_path: Pa
     asked = [(client, "train", content) for client in range(4)]
     seen = []
     for lanes in (
+        Lanes(lambda lane: site.work, 1),
         Lanes(lambda lane: site.work, 2),
         Lanes(partial(lane_on_gpu, overrides, tmp_path / "two", known), 2, fresh=True),
     ):
         with lanes:
             seen.append({client: made["payload"]["data"].data for client, _, made in site.answers(asked, lanes.map)})
-    assert seen[0] == seen[1]
+    assert seen[0] == seen[1] == seen[2]
+    alone = Site(setting, site.strategy, site.codec, Memory(tmp_path / "three", replies=False), known={**known, "wave": 1, "lanes": 1})
+    for client, _, made in alone.answers(asked, lambda orders: enumerate(map(alone.work, orders))):  # another layout: rounding alone
+        one, other = (np.frombuffer(data, dtype=np.float32) for data in (made["payload"]["data"].data, seen[0][client]))
+        assert 0 < len(one) == len(other)
+        assert float(np.abs(one - other).max()) < 1e-4
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux to end children with their parent")
