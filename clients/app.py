@@ -4,7 +4,7 @@ import shlex
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -19,14 +19,15 @@ from clients.engine import Engine
 from clients.lanes import Lanes, usual
 from clients.memory import Memory, Reply
 from clients.plan import waves
-from clients.train import Job, at_round
+from clients.train import Job, at_round, rates
 from fedpeft import seeds
+from fedpeft.adapters.base import Adapted
 from fedpeft.codecs.base import Codec, Payload
 from fedpeft.config import ConfigError, build, load
 from fedpeft.messages import Broadcast
 from fedpeft.records import Packer, from_records, pack_update, to_records, unpack_broadcast
-from fedpeft.setting import Setting, open_setting
-from fedpeft.strategy import Strategy
+from fedpeft.setting import Setting, open_setting, strategy_of
+from fedpeft.strategy import Phase, Strategy
 
 
 @dataclass(frozen=True)
@@ -59,26 +60,37 @@ class Site:
     codec: Codec
     memory: Memory
     holds: bool = True  # this process answers a client's next message too, so the server need not send again what is held
-    known: Mapping[str, float] = field(default_factory=dict)  # what the run measured before
+    known: Mapping[str, Any] = field(default_factory=dict)  # what the run measured before: lanes, and facts of each adapter
     _held: dict[int, dict[str, Tensor]] = field(default_factory=dict)  # client -> digest -> tensor of the broadcast it answered last
     _known: WeakValueDictionary[str, Tensor] = field(default_factory=WeakValueDictionary)  # the same tensors once for all clients
+    _present: tuple[Adapted, Engine] | None = None
 
-    @cached_property
-    def engine(self) -> Engine:
-        """What trains and scores."""
-        config, setting = self.setting.config, self.setting
-        return Engine(
-            setting.adapted, setting.train, config.engine, groups=setting.split.clients, batch=config.train.batch, lanes=self.lanes,
-            known=self.known, folder=self.memory.folder.parent,
-        )  # fmt: skip
+    def engine(self, adapter: str) -> Engine:
+        """What trains and scores with the adapter of that name."""
+        adapted = self.setting.on(adapter)
+        if self._present is None or self._present[0] is not adapted:
+            config, setting = self.setting.config, self.setting
+            known = self.known.get("adapters", {}).get(adapter, {})
+            made = Engine(
+                adapted, setting.train, config.engine, groups=setting.split.clients, batch=config.train.batch, lanes=self.lanes,
+                known=known, folder=self.memory.folder.parent,
+            )  # fmt: skip
+            self._present = (adapted, made)
+        return self._present[1]
 
-    def prepare(self) -> Mapping[str, float]:
-        """Measures, and makes what lanes are to share before there are any; gives what was measured."""
-        made = {**self.engine.facts, "lanes": float(self.lanes)}
-        phase = self.strategy.phase(0)
-        if any(phase.keeps(name) for name in self.setting.adapted.parameters):
-            self.engine.prepare(self.setting.test)
-        return made
+    @property
+    def ready(self) -> Engine | None:
+        """The engine in use. Lanes share what lies ready when they begin, so those of another engine must end."""
+        return None if self._present is None else self._present[1]
+
+    def prepare(self, round: int = 0) -> Mapping[str, Any]:
+        """Measures, and makes what lanes are to share before there are any; gives what was measured. That of `round` is left ready."""
+        last = self.strategy.phase(round).adapter
+        names = [name for name in self.setting.names if name != last] + [last]
+        made = {name: self.engine(name).facts for name in names}
+        if any(self.strategy.phase(round).keeps(name) for name in self.setting.on(last).parameters):
+            self.engine(last).prepare(self.setting.test)
+        return {"lanes": float(self.lanes), "adapters": made}
 
     @property
     def lanes(self) -> int:
@@ -125,7 +137,8 @@ class Site:
 
     def work(self, order: Order) -> list[Answer]:
         """Answers the messages of one wave. What goes wrong with one client is its answer; `OSError` ends the run."""
-        broadcasts = {digest: unpack_broadcast(Payload(*packed), {}, {}) for digest, packed in order.broadcasts.items()}
+        same: dict[str, Tensor] = {}  # what broadcasts have in common is one object: clients of one `base_delta` make one wave
+        broadcasts = {digest: unpack_broadcast(Payload(*packed), same, same) for digest, packed in order.broadcasts.items()}
         if order.asks[0].kind == "evaluate":
             return self._evaluated(order.asks, broadcasts)
         replies: dict[int, Answer] = {}
@@ -139,8 +152,9 @@ class Site:
 
     def _trained(self, asks: Sequence[Ask], broadcasts: Mapping[str, Broadcast]) -> Iterator[tuple[Ask, Answer]]:
         phase = self.strategy.phase(asks[0].round)
-        jobs = [self._job(ask, broadcasts[ask.digest], phase.adapter) for ask in asks]
-        for ask, job, done in zip(asks, jobs, self.engine.train(phase, jobs, round=asks[0].round), strict=True):
+        engine = self.engine(phase.adapter)
+        jobs = [self._job(ask, broadcasts[ask.digest], phase) for ask in asks]
+        for ask, job, done in zip(asks, jobs, engine.train(phase, jobs, round=asks[0].round), strict=True):
             if isinstance(done, ValueError):
                 yield ask, str(done)
                 continue
@@ -157,6 +171,7 @@ class Site:
     def _evaluated(self, asks: Sequence[Ask], broadcasts: Mapping[str, Broadcast]) -> list[Answer]:
         """How clients' own models (the broadcast under what each keeps) do on test sets that resemble their data."""
         phase = self.strategy.phase(asks[0].round)
+        engine = self.engine(phase.adapter)
         jobs, weights, answers = [], [], dict[int, Answer]()
         for ask in asks:
             try:
@@ -164,9 +179,9 @@ class Site:
             except ValueError as fault:
                 answers[ask.client] = str(fault)
                 continue
-            jobs.append(replace(self._job(ask, broadcasts[ask.digest], phase.adapter), rows=rows))
+            jobs.append(replace(self._job(ask, broadcasts[ask.digest], phase), rows=rows))
             weights.append(weight)
-        for job, one in zip(jobs, self.engine.score(jobs, weights, self.setting.test), strict=True):
+        for job, one in zip(jobs, engine.score(jobs, weights, self.setting.test), strict=True):
             stands_for = float(len(self.setting.split.clients[job.client]))
             answers[job.client] = (
                 str(one)
@@ -175,12 +190,14 @@ class Site:
             )
         return [answers[ask.client] for ask in asks]
 
-    def _job(self, ask: Ask, broadcast: Broadcast, adapter: str) -> Job:
-        config = self.setting.config
+    def _job(self, ask: Ask, broadcast: Broadcast, phase: Phase) -> Job:
+        config, adapted = self.setting.config, self.setting.on(phase.adapter)
+        work, scales = at_round(config.train, ask.round, config.rounds), self.setting.scales(ask.client, adapted)
+        kept = self.memory.recall(ask.client, phase.adapter, ask.round)
         return Job(
-            ask.client, broadcast, self.setting.split.clients[ask.client], at_round(config.train, ask.round, config.rounds),
+            ask.client, broadcast, self.setting.split.clients[ask.client], work,
             seeds.generator(config.seed, round=ask.round, client=ask.client, purpose="batches"),
-            self.memory.recall(ask.client, adapter, ask.round),
+            kept | rates(adapted, work, scales) if phase.rates else kept, scales,
         )  # fmt: skip
 
     def _orders(self, asks: list[Ask], broadcasts: Mapping[str, Broadcast]) -> list[Order]:
@@ -192,7 +209,8 @@ class Site:
             payload = packer.pack(broadcast).payload
             packed[digest] = (payload.header, payload.data)
         made = []
-        for wave in waves(list(by_client), work, self.engine.wave, self.lanes) if asks else []:
+        most = self.engine(self.strategy.phase(asks[0].round).adapter).wave if asks else 1
+        for wave in waves(list(by_client), work, most, self.lanes):
             mine = [by_client[client] for client in wave]
             made.append(Order(mine, {ask.digest: packed[ask.digest] for ask in mine}))
         return made
@@ -211,12 +229,12 @@ class Site:
         return broadcast
 
 
-def lane_on_gpu(overrides: Sequence[str], memory: Path, known: Mapping[str, float], lane: int) -> Callable[[Order], list[Answer]]:
+def lane_on_gpu(overrides: Sequence[str], memory: Path, known: Mapping[str, Any], lane: int) -> Callable[[Order], list[Answer]]:
     """The work of a lane that opens the run of `overrides` for itself, on the GPU of its number where there are some."""
     config = load(overrides)
     if torch.cuda.is_available():
         config = replace(config, run=replace(config.run, device=f"cuda:{lane % torch.cuda.device_count()}"))
-    return Site(open_setting(config), build(config.strategy), build(config.codec), Memory(memory, replies=False), known=known).work
+    return Site(open_setting(config), strategy_of(config), build(config.codec), Memory(memory, replies=False), known=known).work
 
 
 def serve(site: Site, clients: Mapping[int, int], lanes: Lanes | None = None) -> Callable[[Sequence[Message]], Iterator[Message]]:
@@ -226,6 +244,17 @@ def serve(site: Site, clients: Mapping[int, int], lanes: Lanes | None = None) ->
     ours, and a memory that cannot be kept would change the result.
     """
 
+    began = site.ready
+
+    def each(orders: Sequence[Order]) -> Iterator[tuple[int, list[Answer]]]:
+        nonlocal began
+        if lanes is None:
+            return enumerate(map(site.work, orders))
+        if site.ready is not began:  # a phase with another adapter: the lanes that begin now have it
+            lanes.close()
+            began = site.ready
+        return lanes.map(orders)
+
     def answers(messages: Sequence[Message]) -> Iterator[Message]:
         asked: dict[tuple[int, str], Message] = {}
         for message in messages:
@@ -234,7 +263,6 @@ def serve(site: Site, clients: Mapping[int, int], lanes: Lanes | None = None) ->
                 yield Message(site.query(client), reply_to=message)
             else:
                 asked[client, message.metadata.message_type] = message
-        each = (lambda orders: enumerate(map(site.work, orders))) if lanes is None else lanes.map
         contents = [(client, kind, message.content) for (client, kind), message in asked.items()]
         for client, kind, made in site.answers(contents, each):
             message = asked[client, kind]
@@ -265,7 +293,7 @@ def _site(overrides: str, run: int) -> Site:
     """The site of this process for one run of Flower's own engine, whose processes come and go: nothing is held between messages."""
     config = load(shlex.split(overrides))
     folder = Path(config.run.dir) if config.run.dir else Path(tempfile.gettempdir()) / f"fedpeft-{run}"
-    return Site(open_setting(config), build(config.strategy), build(config.codec), Memory(folder / "memory"), holds=False)
+    return Site(open_setting(config), strategy_of(config), build(config.codec), Memory(folder / "memory"), holds=False)
 
 
 def _answer(message: Message, context: Context) -> Message:

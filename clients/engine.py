@@ -136,7 +136,7 @@ class Engine:
         chosen = torch.zeros_like(weight)
         chosen[job.rows] = weight[job.rows]
         try:
-            return evaluate(self.adapted, job.broadcast, job.memory, examples, weights=chosen, batch=128)
+            return evaluate(self.adapted, job.broadcast, job.memory, examples, weights=chosen, batch=128, scales=job.scales)
         except ValueError as fault:
             return fault
 
@@ -207,7 +207,8 @@ def _moved(start: Tensors, seed: int) -> Tensors:
 
 def _by_base(jobs: Sequence[Job]) -> list[list[Job]]:
     """Jobs with the same `base_delta`: a wave has one base."""
-    groups: dict[int, list[Job]] = {}
+    groups: dict[tuple[tuple[str, int, int], ...], list[Job]] = {}
     for job in jobs:
-        groups.setdefault(id(job.broadcast) if job.broadcast.base_delta else 0, []).append(job)
+        key = tuple((target, id(p.B), id(p.A)) for chunk in job.broadcast.base_delta for target, p in chunk.items())
+        groups.setdefault(key, []).append(job)
     return list(groups.values())

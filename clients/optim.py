@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from clients.train import HEAD_RATE
+from clients.train import head_lr
 from fedpeft.config import Training
 from fedpeft.tensors import Tensors, is_head
 
@@ -25,8 +25,7 @@ class Descent:
         if len(alike) != 1:
             raise ValueError(f"clients of one wave need one optimizer, momentum, decay and clip; got {sorted(map(str, alike))}")
         self._values, self._work = dict(values), works[0]
-        heads = [HEAD_RATE * work.lr if work.head_lr is None else work.head_lr for work in works]
-        self._rates = {False: _column([work.lr for work in works]), True: _column(heads)}
+        self._rates = {False: _column([work.lr for work in works]), True: _column([head_lr(work) for work in works])}
         self._steps = torch.zeros(len(works), dtype=torch.float64)
         self._m = {name: torch.zeros_like(value) for name, value in values.items()} if self._has_momentum else {}
         self._v = {name: torch.zeros_like(value) for name, value in values.items()} if self._work.optimizer == "adamw" else {}

@@ -14,6 +14,7 @@ from clients.stacked import (
     EmbeddingProduct,
     Half,
     HalfLinear,
+    HeadsProduct,
     Linear,
     Norm,
     Product,
@@ -22,7 +23,7 @@ from clients.stacked import (
     is_linear,
 )  # fmt: skip
 from fedpeft.adapters.base import Adapted, layer
-from fedpeft.tensors import Tensors, is_b, is_own
+from fedpeft.tensors import Tensors, is_b, is_own, rank_axes
 
 
 class Stack:
@@ -109,7 +110,7 @@ class Stack:
         ranks: dict[str, set[int]] = {}
         for name, parameter in self.adapted.parameters.items():
             tensor = _fitting(start, name, parameter, any_rank=any_rank)
-            for axis in _free(name):
+            for axis in rank_axes(name):
                 ranks.setdefault(name[:-2], set()).add(tensor.shape[axis])
         for target, found in ranks.items():
             if len(found) > 1:
@@ -178,6 +179,8 @@ def _made(clients: Clients, inner: nn.Module, parts: Mapping[str, str], *, produ
     if product:
         if set(parts) == {"A", "R", "B"} and is_linear(inner):
             return CoreProduct(clients, inner, parts)
+        if set(parts) == {"A", "H", "s", "B"} and is_linear(inner):
+            return HeadsProduct(clients, inner, parts)
         if set(parts) != {"A", "B"}:
             raise Unstackable(f"{kind} trains {', '.join(sorted(parts))} beside its product")
         if isinstance(inner, nn.Embedding):
@@ -195,16 +198,11 @@ def _made(clients: Clients, inner: nn.Module, parts: Mapping[str, str], *, produ
     raise Unstackable(f"{' and '.join(sorted(parts))} of a {kind}, for which there is no stacked layer")
 
 
-def _free(name: str) -> tuple[int, ...]:
-    """The axes of a factor that are its rank."""
-    return {".A": (0,), ".B": (1,), ".R": (0, 1)}.get(name[-2:], ())
-
-
 def _fitting(start: Tensors, name: str, like: Tensor, *, any_rank: bool) -> Tensor:
     """A client's tensor in the adapter's dtype. `any_rank`: its rank may be another than the adapter's."""
     if name not in start:
         raise ValueError(f"{name} was neither sent nor kept; do server and client use the same adapter=?")
-    tensor, free = start[name], _free(name) if any_rank else ()
+    tensor, free = start[name], rank_axes(name) if any_rank else ()
     fits = tensor.dim() == like.dim() and all(i in free or a == b for i, (a, b) in enumerate(zip(tensor.shape, like.shape, strict=True)))
     if not fits or any(tensor.shape[i] < 1 for i in free) or tensor.is_floating_point() != like.is_floating_point():
         raise ValueError(

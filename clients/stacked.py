@@ -233,6 +233,21 @@ class CoreProduct(Stacked):
         return y.squeeze(1) if x.dim() == 2 else y
 
 
+class HeadsProduct(Stacked):
+    """RAVAN on a linear layer: heads s_i H_i (K, h, r, r) between A and B."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, L, in) -> (N, L, out)."""
+        inner: Any = self.base_layer
+        wide = self._alone(x)
+        A, H, s, B = (self._clients.each(self._names[part]) for part in "AHsB")
+        inside = torch.bmm(wide.to(A.dtype), A.mT).unflatten(-1, H.shape[1:3])
+        inside = torch.einsum("nlhj,nhij->nlhi", inside, H * s[:, :, None, None]).flatten(-2)
+        y = frozen_forward(wide, inner.weight, inner.bias, is_transposed(inner), None)
+        y = y + torch.bmm(inside, B.mT).to(y.dtype)
+        return y.squeeze(1) if x.dim() == 2 else y
+
+
 class EmbeddingProduct(Stacked):
     """LoRA on an embedding: A (K, r, words), B (K, width, r)."""
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from fedpeft.adapters.base import Adapted
+from fedpeft.adapters.base import Adapted, precision
 from fedpeft.config import Training
 from fedpeft.messages import Broadcast, Update
 from fedpeft.models.base import Examples
@@ -42,16 +42,17 @@ def train(adapted: Adapted, phase: Phase, examples: Examples, job: Job, *, round
     """Trains one client and gives what it shares and what it keeps. Raises `ValueError` if the loss stops being finite."""
     began = time.perf_counter()
     start = job.start
-    adapted.fill(start)
-    moving = adapted.select(phase.trains)
-    with adapted.shifted(job.broadcast.base_delta):
+    with adapted.rescaled(job.scales), adapted.shifted(job.broadcast.base_delta):
+        adapted.fill(start, any_rank=job.scales is not None)
+        moving = adapted.select(phase.trains)
         if phase.work == "gradient":
             seen, steps = [_gradient_step(adapted, examples, job.rows, moving, job.work.batch)], 1
         else:
             seen = _descend(adapted, phase, start, examples, job, moving)
             steps = len(seen)
+        end = adapted.read(start)
     check_finite(seen, job.client, round)
-    return finished(phase, job, adapted.read(), seen, steps, time.perf_counter() - began)
+    return finished(phase, job, end, seen, steps, time.perf_counter() - began)
 
 
 def finished(phase: Phase, job: Job, end: Tensors, seen: list[float], steps: int, seconds: float) -> tuple[Update, Tensors]:
@@ -60,6 +61,20 @@ def finished(phase: Phase, job: Job, end: Tensors, seen: list[float], steps: int
         end = phase.finish(end, job.start, steps)
     metrics = {"loss": sum(seen) / len(seen), "steps": float(steps), "seconds": seconds}
     return Update(job.client, only(end, phase.shares), float(len(job.rows)), metrics), only(end, phase.keeps)
+
+
+def rates(adapted: Adapted, work: Training, scales: Mapping[str, float] | None) -> Tensors:
+    """`rate/<name>`: how far a step of plain SGD moves each tensor per unit of gradient, in boundary values: lr s^2."""
+    made, scales = {}, adapted.scales if scales is None else scales
+    for name, parameter in adapted.parameters.items():
+        lr = head_lr(work) if is_head(name) else work.lr
+        made[f"rate/{name}"] = torch.tensor(lr * scales.get(name, 1.0) ** 2, dtype=precision(parameter))
+    return made
+
+
+def head_lr(work: Training) -> float:
+    """The learning rate of the task head."""
+    return HEAD_RATE * work.lr if work.head_lr is None else work.head_lr
 
 
 def at_round(work: Training, round: int, rounds: int) -> Training:
@@ -104,10 +119,9 @@ def dropping(adapted: Adapted, keys: Tensor | None) -> Iterator[None]:
 
 def optimizer(moving: dict[str, nn.Parameter], work: Training) -> torch.optim.Optimizer:
     """A fresh optimizer: moments of the last round would belong to parameters the server has replaced."""
-    head_lr = HEAD_RATE * work.lr if work.head_lr is None else work.head_lr
     head = [parameter for name, parameter in moving.items() if is_head(name)]
     rest = [parameter for name, parameter in moving.items() if not is_head(name)]
-    groups = [{"params": some, "lr": lr} for some, lr in ((rest, work.lr), (head, head_lr)) if some]
+    groups = [{"params": some, "lr": lr} for some, lr in ((rest, work.lr), (head, head_lr(work))) if some]
     if work.optimizer == "adamw":
         return torch.optim.AdamW(groups, weight_decay=work.weight_decay, fused=True)
     return torch.optim.SGD(groups, momentum=work.momentum, weight_decay=work.weight_decay, fused=True)
@@ -125,7 +139,7 @@ def _descend(
             loss = losses(adapted.base.task, adapted.logits(inputs), targets.to(adapted.base.device)).mean()
         seen.append(loss.detach())
         if phase.loss:
-            loss = loss + phase.loss({name: adapted.value(name) for name in moving}, here)
+            loss = loss + phase.loss({name: adapted.value(name, start) for name in moving}, here)
         descent.zero_grad()
         loss.backward()
         if work.clip is not None:

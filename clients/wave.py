@@ -153,7 +153,7 @@ class _Run:
         drawn = [self.draw(job) for job in self.jobs]
         steps = torch.tensor([len(each) for each in drawn])
         descent = Descent(self.values, [job.work for job in self.jobs])
-        here = self._starts_there() if self.phase.loss else []
+        groups = self._groups() if self.phase.loss else []
         drops, draws = self.way.stack.adapted.dropout is not None, [dropout_keys(job) for job in self.jobs]
         seen: list[Tensor] = []
         for t in range(int(steps.max())):
@@ -164,7 +164,7 @@ class _Run:
             seen.append(loss)
             grads = self._grads()
             if self.phase.loss:
-                grads = self._with_term(grads, here, [k for k, _ in picked])
+                grads = self._with_term(grads, groups, active)
             descent.step(grads, active)
         table = torch.stack(seen, 1).cpu()
         return [row[: int(many)].tolist() for row, many in zip(table, steps, strict=True)]
@@ -240,22 +240,45 @@ class _Run:
             total[k][tuple(slice(size) for size in shape)].add_(part, alpha=self.private.noise_multiplier * self.private.clip)
             at += many
 
-    def _starts_there(self) -> list[Tensors]:
-        device = self.way.stack.adapted.base.device
-        return [{name: tensor.to(device) for name, tensor in start.items()} for start in self.starts]
+    def _groups(self) -> list["_Group"]:
+        """The clients whose starts have the same names and shapes: the phase's own term is computed for all of a group at once."""
+        device, adapted = self.way.stack.adapted.base.device, self.way.stack.adapted
+        alike: dict[tuple[tuple[str, tuple[int, ...]], ...], list[int]] = {}
+        for k, start in enumerate(self.starts):
+            alike.setdefault(tuple((name, tuple(tensor.shape)) for name, tensor in sorted(start.items())), []).append(k)
+        made = []
+        for members in alike.values():
+            start = {name: torch.stack([self.starts[k][name] for k in members]).to(device) for name in self.starts[members[0]]}
+            factors = {}
+            for name in self.moving:
+                each = [(self.jobs[k].scales or adapted.scales).get(name, 1.0) for k in members]
+                if any(factor != 1.0 for factor in each):
+                    value = self.values[name]
+                    factors[name] = torch.tensor(each, dtype=value.dtype, device=device).view(-1, *[1] * (value.dim() - 1))
+            made.append(_Group(torch.tensor(members, device=device), start, factors))
+        return made
 
-    def _with_term(self, grads: Tensors, here: list[Tensors], active: list[int]) -> Tensors:
+    def _with_term(self, grads: Tensors, groups: Sequence["_Group"], active: Tensor) -> Tensors:
         """The gradients with those of the phase's own term, which sees each client's boundary tensors."""
         assert self.phase.loss is not None
-        rows = {name: value.unbind(0) for name, value in self.values.items()}
-        scales = [self.jobs[k].scales or self.way.stack.adapted.scales for k in range(len(self.jobs))]
         terms = []
-        for k in active:
-            shapes = {name: tuple(slice(size) for size in self.starts[k][name].shape) for name in self.moving}
-            now = {name: rows[name][k][shapes[name]] * scales[k].get(name, 1.0) for name in self.moving}
-            terms.append(self.phase.loss(now, here[k]))
+        for group in groups:
+            now = {}
+            for name in self.moving:
+                sides = (slice(None), *(slice(size) for size in group.start[name].shape[1:]))
+                value = self.values[name].index_select(0, group.members)[sides]
+                now[name] = value * group.factors[name] if name in group.factors else value
+            each = torch.func.vmap(self.phase.loss)(now, group.start)
+            terms.append(each[active.to(each.device)[group.members]].sum())
         more = torch.autograd.grad(torch.stack(terms).sum(), list(self.values.values()), allow_unused=True)
         return {name: grads[name] if add is None else grads[name] + add for name, add in zip(self.moving, more, strict=True)}
+
+
+@dataclass(frozen=True)
+class _Group:
+    members: Tensor  # positions in the wave
+    start: Tensors  # stacked
+    factors: Tensors  # of the boundary values, where they are not 1
 
 
 def _result(phase: Phase, job: Job, end: Tensors, seen: list[float], seconds: float, round: int) -> Done:

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import sys
 import textwrap
 import time
@@ -102,6 +103,67 @@ def report(
     if picture:
         draw(run_dir, picture)
     print(picture or write_report(run_dir, read_result(run_dir)))
+
+
+@app.command()
+def export(
+    run_dir: Annotated[Path, typer.Argument(help="The folder of a run.")],
+    to: Annotated[Path, typer.Option("--to", "-o", help="The folder to write.")],
+    rank: Annotated[int | None, typer.Option(help="Cut every layer to the best approximation of this rank.", show_default=False)] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Write the base model with the adapter in its weights.")] = False,
+) -> None:
+    """Write a run's model as one plain PEFT LoRA adapter, what strategies added to the base included; or merged into the base.
+
+    The model is that of the run's last checkpoint.
+
+    \b
+    Examples:
+      fedpeft export runs/2026-01-31-120000-flora -o exact
+      fedpeft export runs/2026-01-31-120000-flora -o small --rank 16
+      fedpeft export runs/2026-01-31-120000-flora -o whole --merge
+    """
+    from experiments.export import export_run
+
+    print(export_run(run_dir, to, rank=rank, merge=merge))
+
+
+def _studies() -> str:
+    return "\n\n".join(f"\b\n  study={path.stem}" for path in sorted((CONF.parent / "studies").glob("*.yaml")))
+
+
+SWEEP_HELP = f"""Run a study: many runs in parallel processes, then a table and a picture with means and 95 % intervals.
+
+WORDS are study=NAME and fields of the study: task=, seeds=, methods=, partitions=, late=, common= (overrides added to every run; lists in
+brackets). Stopped at any moment, the same command goes on where it was. Studies:
+
+{_studies()}
+
+\b
+Examples:
+  fedpeft sweep study=aggregation
+  fedpeft sweep study=aggregation 'methods=[fedavg,flora]' 'seeds=[0,1]'
+  fedpeft sweep study=aggregation task=sick 'common=[data.path=FOLDER]'
+"""
+
+
+@app.command(help=SWEEP_HELP)
+def sweep(
+    words: Annotated[list[str], typer.Argument(help="study=NAME key=value ...", show_default=False)],
+    to: Annotated[Path | None, typer.Option("--to", "-o", help="The folder; default runs/NAME-TASK.", show_default=False)] = None,
+    processes: Annotated[int | None, typer.Option(help="Runs at a time; default one per core.", show_default=False)] = None,
+) -> None:
+    """`SWEEP_HELP` is what the user sees."""
+    from experiments.progress import Count
+    from experiments.sweep import read_study
+    from experiments.sweep import sweep as run_study
+
+    name, study = read_study(words)
+    with Count(name) as count:
+        folder = run_study(
+            words, to or Path("runs") / f"{name}-{study['task']}", processes=processes or os.cpu_count() or 1, watch=count.watch
+        )
+    print((folder / "table.md").read_text())
+    print(f"{folder / 'table.md'}, table.json, picture.svg")
 
 
 def _result(summary: Any, seconds: float) -> dict[str, Any]:

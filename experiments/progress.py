@@ -86,3 +86,33 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
+
+
+class Count:
+    """Runs of a study as they end: a bar on a terminal, plain lines elsewhere."""
+
+    def __init__(self, name: str) -> None:
+        console = Console()
+        self._bar = (
+            Bar(TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[facts]}"),
+                TimeRemainingColumn(), console=console)
+            if console.is_terminal
+            else None
+        )  # fmt: skip
+        self._task = self._bar.add_task(name, total=None, facts="") if self._bar else None
+
+    def __enter__(self) -> Self:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def watch(self, done: int, whole: int, what: str) -> None:
+        """One more run has ended."""
+        if self._bar and self._task is not None:
+            self._bar.update(self._task, completed=done, total=whole, facts=what)
+        else:
+            print(f"{done}/{whole} {what}", flush=True)

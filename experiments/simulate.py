@@ -11,9 +11,10 @@ from typing import Any
 from clients.app import Site, lane_on_gpu, serve
 from clients.lanes import Lanes
 from clients.memory import Memory
+from fedpeft import checkpoint
 from fedpeft.config import Config, ConfigError, build, load
 from fedpeft.data.partition import describe, histogram
-from fedpeft.setting import Setting, open_setting
+from fedpeft.setting import Setting, open_setting, strategy_of
 from fedpeft.simulation import InProcessGrid
 from server.app import Outcome, federate
 from server.folder import Folder, create, reopen
@@ -59,11 +60,11 @@ def simulate(overrides: Sequence[str], *, resume: Path | None = None, watch: Wat
 
 def _baseline(overrides: Sequence[str], setting: Setting, folder: Folder, watch: Watch) -> Outcome:
     """The same federation with only the head trained, by plain FedAvg."""
-    own = ("strategy", "adapter", "codec", "privacy", "mean", "run.dir")
+    own = ("strategy", "adapter", "codec", "privacy", "select", "mean", "devices", "run.dir")
     kept = [text for text in overrides if not text.startswith(own)]
     kept += ["strategy=fedavg", "adapter=head", "evaluate.head_only=false"]
     config, place = load(kept), folder.path / BASELINE
-    setting.adapted.undo()
+    setting.off()
     there = reopen(place)[0] if (place / "manifest.json").exists() else create(place, config, kept)
     return _drive("head-only baseline", config, open_setting(config, base=setting.base), there, watch)
 
@@ -76,10 +77,10 @@ def _unused(strategy: str) -> Path:
 
 
 def _drive(what: str, config: Config, setting: Setting, folder: Folder, watch: Watch) -> Outcome:
-    known: dict[str, float] = folder.manifest()["measured"]
+    known: dict[str, Any] = folder.manifest()["measured"]
     memory = Memory(folder.path / "memory", replies=False)
-    site = Site(setting, build(config.strategy), build(config.codec), memory, known=known)
-    measured = site.prepare()
+    site = Site(setting, strategy_of(config), build(config.codec), memory, known=known)
+    measured = site.prepare(_next_round(folder, config))
     if not known:
         folder.note({"measured": measured})
     nodes = {InProcessGrid.FIRST + client: client for client in range(config.clients)}
@@ -92,6 +93,12 @@ def _drive(what: str, config: Config, setting: Setting, folder: Folder, watch: W
             except StopIteration as end:
                 outcome: Outcome = end.value
                 return outcome
+
+
+def _next_round(folder: Folder, config: Config) -> int:
+    """The first round that a run in `folder` has not yet."""
+    saved = checkpoint.found(folder.checkpoints)
+    return min(int(saved[-1].stem.rpartition("-")[2]), config.rounds) if saved else 0
 
 
 def _lanes(site: Site, folder: Folder, setting: Setting) -> Lanes:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fedpeft.adapters.base import Adapted, Adapter
     from fedpeft.adapters.load import load_adapter
-    from fedpeft.aggregate import Mean, median, trimmed_mean, uniform_mean, weighted_mean
+    from fedpeft.aggregate import Mean, median, trimmed_mean, weighted_mean
     from fedpeft.codecs.base import Codec, Payload
     from fedpeft.config import Config, ConfigError, load
     from fedpeft.data.partition import Split, partition
@@ -48,7 +48,6 @@ _HOMES = {
     "open_setting": "setting",
     "partition": "data.partition",
     "trimmed_mean": "aggregate",
-    "uniform_mean": "aggregate",
     "weighted_mean": "aggregate",
 }
 
@@ -78,7 +77,6 @@ __all__ = [
     "open_setting",
     "partition",
     "trimmed_mean",
-    "uniform_mean",
     "weighted_mean",
 ]
 

@@ -17,22 +17,25 @@ def weighted_mean(updates: Iterable[Update]) -> Tensors:
 
     A tensor is averaged over the clients that sent it: with one common total, a layer that few clients hold would shrink.
     """
-    return _mean(updates, lambda update: update.weight)
-
-
-def uniform_mean(updates: Iterable[Update]) -> Tensors:
-    """Mean of the updates, each client counting once. Holds one update at a time."""
-    return _mean(updates, lambda update: 1.0)
+    totals: dict[str, float] = defaultdict(float)
+    sums: Tensors = {}
+    kinds: dict[str, torch.dtype] = {}
+    for update in updates:
+        for name, tensor in update.tensors.items():
+            totals[name] += update.weight
+            part = update.weight * tensor.double()
+            sums[name] = sums[name] + part if name in sums else part
+            kinds[name] = tensor.dtype
+    if not any(totals.values()):
+        raise ValueError("the mean has no update that carries weight; did every client fail this round?")
+    if not math.isfinite(sum(totals.values())):
+        raise ValueError("the mean has no weights of finite sum; each is a client's number of examples")
+    return {name: (tensor / totals[name]).to(kinds[name]) for name, tensor in sums.items() if totals[name]}
 
 
 def weighted() -> Mean:
     """`weighted_mean`, as a preset builds it."""
     return weighted_mean
-
-
-def uniform() -> Mean:
-    """`uniform_mean`, as a preset builds it."""
-    return uniform_mean
 
 
 def trimmed_mean(trim: float = 0.1) -> Mean:
@@ -59,23 +62,6 @@ def trimmed_mean(trim: float = 0.1) -> Mean:
 def median() -> Mean:
     """Median per coordinate, the mean of the two middle values if their number is even. Holds all updates."""
     return trimmed_mean(0.5)
-
-
-def _mean(updates: Iterable[Update], weight: Callable[[Update], float]) -> Tensors:
-    totals: dict[str, float] = defaultdict(float)
-    sums: Tensors = {}
-    kinds: dict[str, torch.dtype] = {}
-    for update in updates:
-        for name, tensor in update.tensors.items():
-            totals[name] += weight(update)
-            part = weight(update) * tensor.double()
-            sums[name] = sums[name] + part if name in sums else part
-            kinds[name] = tensor.dtype
-    if not any(totals.values()):
-        raise ValueError("the mean has no update that carries weight; did every client fail this round?")
-    if not math.isfinite(sum(totals.values())):
-        raise ValueError("the mean has no weights of finite sum; each is a client's number of examples")
-    return {name: (tensor / totals[name]).to(kinds[name]) for name, tensor in sums.items() if totals[name]}
 
 
 def _trimmed(stack: torch.Tensor, trim: float) -> torch.Tensor:

@@ -6,13 +6,16 @@ be seen before anything is loaded are reported at once.
 
 import difflib
 import importlib
+import inspect
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-FAMILIES = ("strategy", "adapter", "model", "data", "codec", "privacy", "mean")
+from fedpeft.devices import devices
+
+FAMILIES = ("strategy", "adapter", "model", "data", "codec", "privacy", "select", "mean")
 PACKAGES = ("fedpeft", "strategies")  # what a preset's _target_ may name
 Spec = Mapping[str, Any]
 WORDS: Mapping[type, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
@@ -81,6 +84,8 @@ class Config:
     seed: int
     min_clients: int  # answers a round needs
     deadline: float | None  # seconds from broadcast to the last accepted update; None: no limit
+    weights: Literal["examples", "uniform"]  # what a client's update counts: its examples, or one
+    devices: Any  # ranks of the clients' devices, see fedpeft/devices.py; None: all have the adapter's
     run: Run
     train: Training
     evaluate: Evaluation
@@ -91,6 +96,7 @@ class Config:
     data: Spec
     codec: Spec
     privacy: Spec
+    select: Spec
     mean: Spec
     choices: Mapping[str, str] = field(default_factory=dict)  # the preset chosen in each family
 
@@ -167,6 +173,9 @@ def check(config: Config) -> list[str]:
     if config.evaluate.every < 1 or config.evaluate.batch < 1:
         faults.append(f"evaluate.every={config.evaluate.every}, evaluate.batch={config.evaluate.batch}: needed is at least 1")
     faults += _of_engine(config)
+    if config.weights not in get_args(Config.__annotations__["weights"]):
+        faults.append(f"weights={config.weights}: needed is examples or uniform")
+    faults += _of_devices(config)
     if config.run.threads < 1 or config.run.keep < 1:
         faults.append(f"run.threads={config.run.threads}, run.keep={config.run.keep}: needed is at least 1")
     if config.deadline is not None and not config.deadline > 0:
@@ -179,6 +188,23 @@ def check(config: Config) -> list[str]:
     if config.privacy.get("unit") is not None:
         faults.append(f"privacy.unit={config.privacy['unit']}: privacy=none adds no noise, so nobody would be hidden; leave it null")
     return faults
+
+
+def _of_devices(config: Config) -> list[str]:
+    try:
+        each = devices(config.devices, clients=max(config.clients, 1), seed=config.seed)
+    except ValueError as fault:
+        return [str(fault)]
+    rank = config.adapter.get("rank")
+    if each is None:
+        return []
+    if not isinstance(rank, int):
+        return [
+            f"devices={config.devices}: adapter={config.choices.get('adapter')} has no rank that clients could differ in; set adapter=lora"
+        ]
+    if (most := max(device.rank for device in each)) > rank:
+        return [f"devices={config.devices}: rank {most} is more than adapter.rank={rank}, which the server keeps; raise adapter.rank"]
+    return []
 
 
 def _of_engine(config: Config) -> list[str]:
@@ -199,8 +225,8 @@ def _of_engine(config: Config) -> list[str]:
     return faults
 
 
-def build(spec: Spec, *, leaves_out: Iterable[str] = ()) -> Any:
-    """The object a preset describes: its `_target_` called with its other fields.
+def build(spec: Spec, *, leaves_out: Iterable[str] = (), run: object = None) -> Any:
+    """The object a preset describes: its `_target_` called with its other fields, and with `run` if it has a parameter of that name.
 
     `_target_` comes only from installed presets (an override that names it is refused) and only from fedpeft's own packages.
     Raises `ConfigError` for what the object refuses.
@@ -211,6 +237,8 @@ def build(spec: Spec, *, leaves_out: Iterable[str] = ()) -> Any:
     module, _, name = target.rpartition(".")
     arguments = {key: _frozen(value) for key, value in spec.items() if key != "_target_" and key not in set(leaves_out)}
     make = getattr(importlib.import_module(module), name)
+    if run is not None and "run" in inspect.signature(make).parameters:
+        arguments["run"] = run
     try:
         return make(**arguments)
     except (TypeError, ValueError) as fault:
@@ -291,6 +319,8 @@ def _typed(plain: Spec, usual: Spec, choices: Mapping[str, str], faults: list[st
     for name, value in _alike(plain, usual, "", faults).items():
         if name in parts:
             made[name] = parts[name](**{k: _cast(parts[name], k, v, usual[name][k], f"{name}.{k}", faults) for k, v in value.items()})
+        elif name == "devices":
+            made[name] = value
         elif name in FAMILIES:
             made[name] = _alike(value, usual[name], f"{name}.", faults)
         else:

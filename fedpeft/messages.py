@@ -1,12 +1,14 @@
 """What crosses the wire, and the check that what came back fits what was sent."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 import torch
 
-from fedpeft.lowrank import LowRank
-from fedpeft.tensors import Names, Tensors, is_own
+from fedpeft.lowrank import LowRank, cut
+from fedpeft.tensors import Names, Tensors, is_own, only, rank_axes
 
 MOST_EXAMPLES = 2.0**53  # beyond it floats no longer count, and a few such weights have no finite sum
 
@@ -32,12 +34,34 @@ class Update:
     weight: float
     metrics: Mapping[str, float] = field(default_factory=dict)  # for the ledger; no strategy reads it
 
+    def only(self, names: Names) -> "Update":
+        """The update without the tensors whose names do not satisfy `names`."""
+        return replace(self, tensors=only(self.tensors, names))
+
+
+def proportions(updates: Iterable[Update]) -> list[tuple[float, Update]]:
+    """All updates, each with its share p_k of the round's weight; the shares add up to 1."""
+    held = list(updates)
+    whole = sum(update.weight for update in held)
+    if not held or not math.isfinite(whole):
+        raise ValueError("no update of finite weight came; did every client fail this round?")
+    return [(update.weight / whole, update) for update in held]
+
+
+@lru_cache(maxsize=32)
+def sized(model: Broadcast, rank: int | None) -> Broadcast:
+    """`model` with every pair cut to its first `rank` columns; None: as it is.
+
+    The same object for the same question, so that it is packed once for all clients of one rank.
+    """
+    return model if rank is None else replace(model, tensors=cut(model.tensors, rank))
+
 
 def checked(update: Update, sent: Broadcast, shares: Names, *, equal: bool) -> Update:
-    """The update, if it has every shared tensor it was sent, none larger, all of one dtype with it and finite.
+    """The update, if it has every shared tensor it was sent, none of a higher rank, all of one dtype with it and finite.
 
-    `equal` asks for equal shapes (a strategy that takes a mean); otherwise a client may send a smaller rank than it was sent.
-    Raises `ValueError` naming the client, the tensor, what was got and what was needed.
+    `equal` asks for equal shapes (a strategy that takes a mean); otherwise a client may send a smaller rank than it was sent, the same in
+    both factors of a layer. Raises `ValueError` naming the client, the tensor, what was got and what was needed.
     """
     want = {name for name in sent.tensors if shares(name) and not is_own(name)}
     got = {name for name in update.tensors if not (is_own(name) and shares(name))}
@@ -50,13 +74,19 @@ def checked(update: Update, sent: Broadcast, shares: Names, *, equal: bool) -> U
         raise ValueError(f"client {update.client} sent {_few(odd)}, which no strategy sent it")
     if not 0 < update.weight <= MOST_EXAMPLES:
         raise ValueError(f"client {update.client} sent weight {update.weight}; needed is a number of examples, more than 0")
+    ranks: dict[str, int] = {}
     for name, tensor in update.tensors.items():
-        like = sent.tensors.get(name, tensor)
-        smaller = tensor.dim() == like.dim() and all(a <= b for a, b in zip(tensor.shape, like.shape, strict=True))
-        if not (tensor.shape == like.shape if equal else smaller) or tensor.dtype != like.dtype:
+        like, free = sent.tensors.get(name, tensor), () if equal else rank_axes(name)
+        fits = tensor.dim() == like.dim() and all(
+            (1 <= a <= b if axis in free else a == b) for axis, (a, b) in enumerate(zip(tensor.shape, like.shape, strict=True))
+        )
+        if not fits or tensor.dtype != like.dtype:
             raise ValueError(
                 f"client {update.client}: {name} is {tuple(tensor.shape)} {tensor.dtype}, sent was {tuple(like.shape)} {like.dtype}"
             )
+        for axis in free:
+            if ranks.setdefault(name[:-2], tensor.shape[axis]) != tensor.shape[axis]:
+                raise ValueError(f"client {update.client}: the factors of {name[:-2]} have two ranks; needed is one for both")
         if not torch.isfinite(tensor).all():
             raise ValueError(f"client {update.client}: {name} is not finite; lower train.lr or set train.clip")
     return update

@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,20 +12,67 @@ from torch import Tensor
 
 from fedpeft import seeds
 from fedpeft.adapters.base import Adapted, Adapter
-from fedpeft.config import Config, ConfigError, build
+from fedpeft.aggregate import weighted_mean
+from fedpeft.config import Config, ConfigError, app_folder, build, load, presets_of
 from fedpeft.data.partition import Split, partition
 from fedpeft.data.table import Dataset, Source
+from fedpeft.devices import Device, devices
+from fedpeft.lowrank import rank_of
 from fedpeft.models.base import Base, Examples, ModelSource
+from fedpeft.strategy import Federation, Strategy
+from fedpeft.tensors import Tensors, is_b
 
 
 @dataclass(eq=False)
 class Setting:
-    """A data set, encoded for a base model, and an adapter on that model. Examples are encoded when first asked for."""
+    """A data set, encoded for a base model, and the adapters of a run, of which one lies on that model at a time.
+
+    Examples are encoded when first asked for.
+    """
 
     config: Config
     dataset: Dataset
     base: Base
-    adapted: Adapted
+    adapters: Mapping[str, Adapter]  # "main" and the strategy's own
+    names: tuple[str, ...]  # of those that some round's phase uses, in order of use
+    _present: tuple[str, Adapted] | None = None
+
+    def on(self, name: str) -> Adapted:
+        """The base with the adapter `name` on it; the one before is taken off."""
+        if self._present is None or self._present[0] != name:
+            self.off()
+            self._present = (name, self.adapters[name].attach(self.base, self.config.seed))
+        return self._present[1]
+
+    def off(self) -> None:
+        """Takes the adapter off the base."""
+        if self._present is not None:
+            self._present[1].undo()
+        self._present = None
+
+    @property
+    def adapted(self) -> Adapted:
+        """The base with the adapter of the first round."""
+        return self.on(self.names[0])
+
+    def starts(self) -> dict[str, Tensors]:
+        """The tensors that each adapter in `names` begins with; the first lies on the base then."""
+        return {name: self.on(name).read() for name in reversed(self.names)}
+
+    @cached_property
+    def devices(self) -> tuple[Device, ...] | None:
+        """Each client's device; None if all train the adapter's rank."""
+        return devices(self.config.devices, clients=self.config.clients, seed=self.config.seed)
+
+    def scales(self, client: int, adapted: Adapted) -> Mapping[str, float] | None:
+        """What a client's B factors are scaled by, where its device has a rank of its own; None: as the adapter's."""
+        if self.devices is None:
+            return None
+        device = self.devices[client]
+        if device.alpha is None:
+            return adapted.scales
+        scale = device.alpha / (device.rank**0.5 if self.config.adapter.get("rslora") else device.rank)
+        return {name: scale if is_b(name) else factor for name, factor in adapted.scales.items()}
 
     @cached_property
     def train(self) -> Examples:
@@ -86,42 +134,93 @@ class Setting:
         there = torch.bincount(self.dataset.test.labels, minlength=classes).double().clamp(min=1)
         return (own / own.sum() / there)[self.dataset.test.labels]
 
+    @cached_property
+    def owned(self) -> Tensor:
+        """(test examples,) weights of one test set that stands for all clients' own, each by its examples; they add up to 1."""
+        whole = torch.zeros(len(self.dataset.test.labels), dtype=torch.float64)
+        for client, own in enumerate(self.split.clients):
+            whole += len(own) * self.resembling(client)
+        return whole / whole.sum()
+
 
 def open_setting(config: Config, *, base: Base | None = None) -> Setting:
     """Reads the data, loads the model and attaches the adapter. Raises `ConfigError` for what the config asks and the data cannot give."""
     try:
         torch.set_num_threads(config.run.threads)
-        source, model = _built(config)
+        source, model, adapter, strategy = _built(config)
         dataset: Dataset = source.read(config.seed)
         if base is None:
             base = model.load(dataset, seed=config.seed, device=device(config.run.device))
         _ = base.fingerprint  # of the bare base, before any adapter's tensors lie in it
-        made = Setting(config, dataset, base, attach(config, base))
+        names = tuple(dict.fromkeys(strategy.phase(round).adapter for round in range(config.rounds + 1)))
+        adapters = {"main": adapter} | {name: strategy.adapters[name](adapter) for name in names if name != "main"}
+        made = Setting(config, dataset, base, adapters, names)
         _ = made.split
-        build(config.strategy).init(made.adapted.read())  # a strategy that cannot use this adapter says so before anything is written
+        starts = made.starts()
+        check_ranks(config, strategy, strategy.init(starts))  # what cannot be says so before anything is written
         return made
     except (ValueError, FileNotFoundError, ImportError) as fault:
         raise ConfigError(str(fault)) from fault
 
 
-def _built(config: Config) -> tuple[Source, ModelSource]:
-    """The data and model sources; a preset of any family that refuses its fields is reported together with all others."""
+def strategy_of(config: Config) -> Strategy[Any]:
+    """The strategy of a config, which may know the federation it serves."""
+    each = devices(config.devices, clients=config.clients, seed=config.seed)
+    run = Federation(
+        config.rounds, config.clients, config.cohort, config.seed, None if each is None else tuple(one.rank for one in each),
+        config.train.optimizer, config.train.momentum, config.train.clip, config.train.lr, config.train.steps,
+    )  # fmt: skip
+    made: Strategy[Any] = build(config.strategy, run=run)
+    return made
+
+
+def check_ranks(config: Config, strategy: Strategy[Any], state: Any) -> None:
+    """Raises `ValueError` if clients' ranks differ and the strategy sends them another than theirs."""
+    each = devices(config.devices, clients=config.clients, seed=config.seed)
+    if each is None:
+        return
+    for client in {one.rank: client for client, one in reversed(list(enumerate(each)))}.values():
+        sent = rank_of(strategy.broadcast(state, 0, client).tensors)
+        if sent > each[client].rank:
+            raise ValueError(
+                f"client {client} has a device of rank {each[client].rank}, strategy={config.choices['strategy']} sends it rank {sent}: it "
+                f"cannot mix ranks. Those that can: {', '.join(_that_mix(config))}"
+            )
+
+
+def _that_mix(config: Config) -> list[str]:
+    """The strategies whose presets cut what they send to a client's rank."""
+    found = []
+    probe = {"q.A": torch.zeros(4, 8), "q.B": torch.zeros(8, 4)}
+    for name in presets_of("strategy", app_folder() / "experiments" / "conf"):
+        spec = load([f"strategy={name}"]).strategy
+        try:
+            made = build(spec, run=Federation(clients=1, ranks=(2,), optimizer="sgd"))
+            if made.phase(0).adapter == "main" and rank_of(made.broadcast(made.init({"main": probe}), 0, 0).tensors) == 2:
+                found.append(name)
+        except (ConfigError, ValueError, KeyError):
+            continue
+    return found
+
+
+def _built(config: Config) -> tuple[Source, ModelSource, Adapter, Strategy[Any]]:
+    """Sources of data and model, adapter, strategy; a preset of any family that refuses its fields is reported together with all others."""
     faults: list[str] = []
     made: dict[str, Any] = {}
-    for family in ("data", "model", "adapter", "strategy", "codec", "mean"):
+    for family in ("data", "model", "adapter", "strategy", "codec", "select", "mean"):
         try:
-            made[family] = build(getattr(config, family), leaves_out=("partition", "min_examples"))
+            spec = getattr(config, family)
+            made[family] = strategy_of(config) if family == "strategy" else build(spec, leaves_out=("partition", "min_examples"))
         except ConfigError as fault:
             faults.append(f"{family}={config.choices[family]}: {fault}")
     if faults:
         raise ConfigError("\n".join(faults))
-    return made["data"], made["model"]
-
-
-def attach(config: Config, base: Base) -> Adapted:
-    """The run's adapter on the base."""
-    adapter: Adapter = build(config.adapter)
-    return adapter.attach(base, config.seed)
+    if made["mean"] is not weighted_mean and not made["strategy"].mean_only:
+        raise ConfigError(
+            f"mean={config.choices['mean']} works per coordinate, strategy={config.choices['strategy']} combines clients' products itself; "
+            "set mean=weighted, and select=krum or select=norm_bound against hostile clients"
+        )
+    return made["data"], made["model"], made["adapter"], made["strategy"]
 
 
 def device(name: str) -> torch.device:

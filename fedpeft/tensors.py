@@ -43,6 +43,21 @@ def not_b(name: str) -> bool:
     return not is_b(name)
 
 
+def is_factor(name: str) -> bool:
+    """True for the A or B factor of a low-rank pair."""
+    return is_a(name) or is_b(name)
+
+
+def not_factor(name: str) -> bool:
+    """True for everything but A and B factors."""
+    return not is_factor(name)
+
+
+def rank_axes(name: str) -> tuple[int, ...]:
+    """The axes of a factor or core that are its rank: the ones that may differ between clients."""
+    return {".A": (0,), ".B": (1,), ".R": (0, 1)}.get(name[-2:], ())
+
+
 def is_head(name: str) -> bool:
     """True for the task head (a classifier's weight and bias)."""
     return name.startswith("head.")

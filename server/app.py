@@ -16,11 +16,13 @@ from fedpeft.config import Config, ConfigError, build, load, shown
 from fedpeft.ledger import write_text
 from fedpeft.lowrank import LowRank
 from fedpeft.messages import Broadcast
-from fedpeft.setting import Setting, open_setting
+from fedpeft.setting import Setting, open_setting, strategy_of
 from fedpeft.strategy import Strategy
+from fedpeft.tensors import is_own
 from server.card import card
 from server.evaluate import Measured, central, is_personal, personal
 from server.exchange import Exchange, Traffic, connect
+from server.export import export
 from server.folder import Folder, create, reopen, versions
 from server.rounds import Round, run
 from server.sampling import fixed
@@ -51,12 +53,15 @@ def federate(config: Config, setting: Setting, grid: Grid, folder: Folder) -> Ge
     broadcast they have seen with the bytes they gave before.
     """
     began = time.perf_counter()
-    strategy: Strategy[Any] = build(config.strategy)
+    strategy: Strategy[Any] = strategy_of(config)
     exchange = connect(grid, build(config.codec), config.clients, deadline=config.deadline)
     first, state, totals = _start(config, setting, strategy, folder)
     folder.ledger.rewind(first)
-    draw, mean = fixed(config.clients, config.cohort, config.seed), build(config.mean)
-    for done in run(strategy, state, exchange, draw, mean, first=first, rounds=config.rounds, min_clients=config.min_clients):
+    draw, mean, select = fixed(config.clients, config.cohort, config.seed), build(config.mean), build(config.select)
+    for done in run(
+        strategy, state, exchange, draw, mean, first=first, rounds=config.rounds, min_clients=config.min_clients, select=select,
+        weights=config.weights,
+    ):  # fmt: skip
         state = done.state
         evaluation = Traffic()
         found = _evaluated(config, setting, strategy, done, exchange, evaluation)
@@ -70,31 +75,35 @@ def federate(config: Config, setting: Setting, grid: Grid, folder: Folder) -> Ge
         checkpoint.save(Checkpoint(done.round + 1, state, totals), folder.checkpoints, keep=config.run.keep)
         yield entry
     last = strategy.broadcast(state, config.rounds, None)
-    assert not last.base_delta, "no strategy has a base_delta yet; the first one that does must fold it into what is exported"
-    setting.adapted.export(last.tensors, folder.adapter)
+    export(setting, strategy.phase(config.rounds).adapter, last, folder.adapter)
     text = card(config, setting, folder.adapter, zero_shot=totals["zero_shot"], final=totals["accuracy"], measure=totals["measure"])
     write_text(folder.adapter / "README.md", text)
     return Outcome(
         zero_shot=totals["zero_shot"], final=totals["accuracy"], loss=totals["loss"], measure=totals["measure"], bytes_up=totals["up"],
-        bytes_down=totals["down"], seconds=totals["seconds"], parameters=sum(t.numel() for t in last.tensors.values()),
+        bytes_down=totals["down"], seconds=totals["seconds"],
+        parameters=sum(tensor.numel() for name, tensor in last.tensors.items() if not is_own(name)),
     )  # fmt: skip
 
 
 def _start(config: Config, setting: Setting, strategy: Strategy[Any], folder: Folder) -> tuple[int, Any, Totals]:
     """(first round, state, totals): of the newest checkpoint, or of a run's beginning."""
-    state = strategy.init(setting.adapted.read())
+    state = strategy.init(setting.starts())
     if saved := checkpoint.found(folder.checkpoints):
         _check_same(folder.manifest(), setting)
-        known = checkpoint.classes_in(state) | {Broadcast, LowRank}
         try:
-            back = checkpoint.read(saved[-1], known)
+            back = checkpoint.read(saved[-1], known_classes(state))
         except ValueError as fault:
             raise OSError(str(fault)) from fault
         return back.round, back.state, dict(back.facts)
     folder.note({"fingerprint": setting.base.fingerprint, "data": setting.data_digest})
-    before = central(setting, strategy.broadcast(state, 0, None))
+    before = central(setting, strategy.phase(0).adapter, strategy.broadcast(state, 0, None))
     totals = {"up": 0, "down": 0, "seconds": 0.0, "zero_shot": before.accuracy, "accuracy": before.accuracy, "loss": before.loss}
     return 0, state, totals | {"measure": before.of, "measured": folder.manifest()["measured"]}
+
+
+def known_classes(state: Any) -> set[type]:
+    """What a checkpoint of the strategy that begins in `state` may build."""
+    return checkpoint.classes_in(state) | {Broadcast, LowRank}
 
 
 def _check_same(manifest: Mapping[str, Any], setting: Setting) -> None:
@@ -113,7 +122,7 @@ def _evaluated(
         return None
     if is_personal(strategy, done.state, done.round):
         return personal(strategy, done.state, after, range(config.clients) if last else done.cohort.clients, exchange, traffic)
-    return central(setting, strategy.broadcast(done.state, after, None))
+    return central(setting, strategy.phase(after).adapter, strategy.broadcast(done.state, after, None))
 
 
 def _entry(done: Round[Any], found: Measured | None, evaluation: Traffic, totals: Mapping[str, Any]) -> Entry:
@@ -126,12 +135,15 @@ def _entry(done: Round[Any], found: Measured | None, evaluation: Traffic, totals
         "accuracy": None if found is None else found.accuracy,
         "test_loss": None if found is None else found.loss,
         "measure": None if found is None else found.of,
+        "own_accuracy": None if found is None else found.own,
         "bytes_up": done.traffic.up,
         "bytes_down": done.traffic.down,
         "bytes_evaluation": evaluation.up + evaluation.down,
         "total_up": totals["up"],
         "total_down": totals["down"],
         "epsilon": None,
+        "aggregation": done.gap.entry(),
+        "aggregation_seconds": done.measuring,
         "round_seconds": done.seconds,
         "seconds": totals["seconds"],
     }

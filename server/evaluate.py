@@ -4,8 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+
+from fedpeft.config import ConfigError
 from fedpeft.messages import Broadcast
-from fedpeft.models.score import score
+from fedpeft.models.score import examined
 from fedpeft.setting import Setting
 from fedpeft.strategy import Strategy
 from server.exchange import Exchange, Traffic
@@ -18,6 +21,7 @@ class Measured:
     loss: float
     accuracy: float
     of: Literal["global", "personal"]
+    own: float | None = None  # accuracy on test sets with each client's label proportions, weighted by their examples
 
 
 def is_personal(strategy: Strategy[Any], state: Any, round: int) -> bool:
@@ -26,12 +30,17 @@ def is_personal(strategy: Strategy[Any], state: Any, round: int) -> bool:
     return any(keeps(name) for name in strategy.broadcast(state, round, None).tensors)
 
 
-def central(setting: Setting, broadcast: Broadcast) -> Measured:
-    """The model of `broadcast` on the test set."""
-    setting.adapted.fill(broadcast.tensors)
-    with setting.adapted.shifted(broadcast.base_delta):
-        found = score(setting.adapted.logits, setting.base.task, setting.test, batch=setting.config.evaluate.batch)
-    return Measured(found.loss, found.accuracy, "global")
+def central(setting: Setting, adapter: str, broadcast: Broadcast) -> Measured:
+    """The model of `broadcast`, whose tensors are of the adapter of that name, on the test set."""
+    many = len(setting.test)
+    if not many:
+        raise ConfigError("there are no test examples; give the data a test file or data.test_share=0.2")
+    adapted = setting.on(adapter)
+    adapted.fill(broadcast.tensors)
+    with adapted.shifted(broadcast.base_delta):
+        seen = examined(adapted.logits, setting.base.task, setting.test, torch.arange(many), batch=setting.config.evaluate.batch)
+    loss, right = seen.mean(1).tolist()
+    return Measured(loss, right, "global", None if setting.base.task == "language" else float(seen[1] @ setting.owned))
 
 
 def personal(
@@ -44,4 +53,4 @@ def personal(
         loss += metrics["weight"] * metrics["loss"]
         accuracy += metrics["weight"] * metrics["accuracy"]
         total += metrics["weight"]
-    return Measured(loss / total, accuracy / total, "personal") if total else None
+    return Measured(loss / total, accuracy / total, "personal", accuracy / total) if total else None

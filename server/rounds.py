@@ -2,16 +2,19 @@
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+from dataclasses import dataclass, replace
+from typing import Generic, Literal, TypeVar
 
 from fedpeft.aggregate import Mean
-from fedpeft.messages import Update, checked
+from fedpeft.exactness import Gap, Meter
+from fedpeft.messages import Broadcast, Update, checked
+from fedpeft.select import Selection, everyone
 from fedpeft.strategy import Strategy
 from server.exchange import Exchange, Fault, Traffic
 from server.sampling import Cohort
 
 S = TypeVar("S")
+EVERYONE = everyone()
 ATTEMPTS = 3  # of a round that too few clients answer
 
 
@@ -30,24 +33,33 @@ class Round(Generic[S]):
     loss: float  # mean training loss of the clients, weighted by examples
     answers: int
     seconds: float
+    gap: Gap  # between what was aggregated and the true mean
+    measuring: float  # seconds that the gap took
 
 
 def run(
     strategy: Strategy[S], state: S, exchange: Exchange, draw: Callable[[int, int], Cohort], mean: Mean, *,
-    first: int, rounds: int, min_clients: int = 1,
+    first: int, rounds: int, min_clients: int = 1, select: Selection = EVERYONE, weights: Literal["examples", "uniform"] = "examples",
 ) -> Iterator[Round[S]]:  # fmt: skip
     """Rounds `first` to `rounds` - 1, one at a time. A round that fewer than `min_clients` answer
     leaves no trace at the server and is drawn again (clients that did answer may have moved what they keep)."""
     for round in range(first, rounds):
         began, traffic = time.perf_counter(), Traffic()
+        same = strategy.phase(round).adapter == strategy.phase(round + 1).adapter
         for attempt in range(ATTEMPTS):
             cohort = draw(round, attempt)
-            taken = _Taken(strategy, state, round, cohort, exchange, traffic, min_clients)
+            meter = Meter(strategy.phase(round), strategy.broadcast(state, round, None), same_adapter=same)
+            taken = _Taken(strategy, state, round, cohort, exchange, traffic, min_clients, weights == "uniform")
             try:
-                state = strategy.aggregate(state, round, iter(taken), mean)
+                state = strategy.aggregate(state, round, meter.watch(select(iter(taken), taken.sent), taken.sent), mean)
             except _TooFew:
                 continue
-            yield Round(round, state, cohort, traffic, taken.loss, taken.count, time.perf_counter() - began)
+            except ValueError as fault:
+                raise RoundFailed(f"round {round}: {fault}") from fault
+            gap = meter.read(strategy.broadcast(state, round + 1, None))
+            yield Round(
+                round, state, cohort, traffic, taken.loss, taken.count, time.perf_counter() - began, gap, meter.seconds
+            )  # fmt: skip
             break
         else:
             raise RoundFailed(_explained(round, taken.count, min_clients, traffic.faults))
@@ -61,8 +73,9 @@ class _Taken:
     """The checked updates of one cohort, counted as they pass; `_TooFew` after the last if they are fewer than `needed`."""
 
     def __init__(
-        self, strategy: Strategy[S], state: S, round: int, cohort: Cohort, exchange: Exchange, traffic: Traffic, needed: int
+        self, strategy: Strategy[S], state: S, round: int, cohort: Cohort, exchange: Exchange, traffic: Traffic, needed: int, alike: bool
     ) -> None:  # fmt: skip
+        self._alike = alike  # every client counts once
         self.count, self._needed, self._loss, self._weight = 0, needed, 0.0, 0.0
         self._out = {client: strategy.broadcast(state, round, client) for client in cohort.clients}
         self._phase, self._equal = strategy.phase(round), strategy.mean_only
@@ -75,12 +88,17 @@ class _Taken:
             except ValueError as fault:
                 self._traffic.fault(update.client, str(fault))
                 continue
+            good = replace(good, weight=1.0) if self._alike else good
             self.count += 1
             self._loss += update.weight * update.metrics.get("loss", float("nan"))
             self._weight += update.weight
             yield good
         if self.count < self._needed:
             raise _TooFew
+
+    def sent(self, client: int) -> Broadcast:
+        """What that client started from."""
+        return self._out[client]
 
     @property
     def loss(self) -> float:

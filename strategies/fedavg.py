@@ -4,13 +4,20 @@ McMahan et al., Communication-Efficient Learning of Deep Networks from Decentral
 Zhang et al., Towards Building the Federated GPT: Federated Instruction Tuning, ICASSP 2024. https://arxiv.org/abs/2305.05644
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 from fedpeft.aggregate import Mean
 from fedpeft.messages import Broadcast, Update
-from fedpeft.strategy import Phase, always
-from fedpeft.tensors import Tensors, targets
+from fedpeft.strategy import Adapters, Phase, always
+from fedpeft.tensors import Tensors, not_factor, targets
+
+
+def beside(state: Broadcast, parts: Iterable[tuple[float, Update]], mean: Mean) -> Tensors:
+    """The mean of what is shared beside the factors: the head of a classifier; nothing in a language model."""
+    if not any(not_factor(name) for name in state.tensors):
+        return {}
+    return mean(update.only(not_factor) for _, update in parts)
 
 
 @dataclass(frozen=True)
@@ -18,13 +25,17 @@ class FedAvg:
     """The mean of what clients share replaces what the server had. Not exact for LoRA: the mean of products is not the product of means."""
 
     phase: Callable[[int], Phase] = always(Phase())
+    adapters: Adapters = field(default_factory=dict)
     low_rank: bool = False  # True: refuses an adapter that has no low-rank pairs
     mean_only = True  # no annotation: not a field, so that no config can switch it
 
-    def init(self, adapter: Tensors) -> Broadcast:
-        """The adapter's start."""
+    def init(self, starts: Mapping[str, Tensors]) -> Broadcast:
+        """The first adapter's start."""
+        adapter = starts[self.phase(0).adapter]
         if self.low_rank and not targets(adapter):
             raise ValueError("this strategy treats the factors of low-rank pairs differently, the adapter has none; choose adapter=lora")
+        if self.low_rank and not self.mean_only and any(name.endswith(".magnitude") for name in adapter):
+            raise ValueError("this strategy combines products B A, DoRA divides its own by a norm; choose adapter=lora")
         return Broadcast(adapter)
 
     def broadcast(self, state: Broadcast, round: int, client: int | None) -> Broadcast:

@@ -4,7 +4,7 @@ Reddi et al., Adaptive Federated Optimization, ICLR 2021 (Algorithm 2). https://
 Hsu et al., Measuring the Effects of Non-Identical Data Distribution, 2019 (FedAvgM). https://arxiv.org/abs/1909.06335
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -12,7 +12,7 @@ import torch
 
 from fedpeft.aggregate import Mean
 from fedpeft.messages import Broadcast, Update
-from fedpeft.strategy import Phase, always
+from fedpeft.strategy import Adapters, Phase, always
 from fedpeft.tensors import Tensors
 
 
@@ -38,15 +38,16 @@ class FedOpt:
     beta2: float = 0.99
     tau: float = 1e-3
     phase: Callable[[int], Phase] = always(Phase())
+    adapters: Adapters = field(default_factory=dict)
     mean_only = True  # no annotation: not a field, so that no config can switch it
 
     def __post_init__(self) -> None:
         if self.optimizer not in ("momentum", "adam", "yogi"):
             raise ValueError(f"strategy.optimizer={self.optimizer}: needed is momentum, adam or yogi")
 
-    def init(self, adapter: Tensors) -> State:
-        """The adapter's start, without moments."""
-        return State(Broadcast(adapter))
+    def init(self, starts: Mapping[str, Tensors]) -> State:
+        """The first adapter's start, without moments."""
+        return State(Broadcast(starts[self.phase(0).adapter]))
 
     def broadcast(self, state: State, round: int, client: int | None) -> Broadcast:
         """The model."""

@@ -8,11 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedpeft.aggregate import median, trimmed_mean, uniform, uniform_mean, weighted, weighted_mean
+from fedpeft.aggregate import median, trimmed_mean, weighted, weighted_mean
 from fedpeft.messages import Update
 
 pytestmark = pytest.mark.fast
-EVERY = {"weighted": weighted_mean, "uniform": uniform_mean, "trimmed": trimmed_mean(0.2), "median": median()}
+EVERY = {"weighted": weighted_mean, "trimmed": trimmed_mean(0.2), "median": median()}
 
 
 def update(client: int, value: float, weight: float = 1.0, name: str = "q.A") -> Update:
@@ -22,15 +22,10 @@ def update(client: int, value: float, weight: float = 1.0, name: str = "q.A") ->
 def test_the_weighted_mean_counts_examples():
     made = weighted_mean(iter([update(0, 1.0, weight=1), update(1, 5.0, weight=3)]))
     assert made["q.A"].tolist() == [4.0]  # (1 * 1 + 3 * 5) / 4
-
-
-def test_the_uniform_mean_counts_clients():
-    assert uniform_mean([update(0, 1.0, weight=1), update(1, 5.0, weight=3)])["q.A"].tolist() == [3.0]
     assert weighted() is weighted_mean
-    assert uniform() is uniform_mean
 
 
-@pytest.mark.parametrize(("mean", "low"), [(weighted_mean, 6.0), (uniform_mean, 5.0), (median(), 5.0), (trimmed_mean(0.0), 5.0)])
+@pytest.mark.parametrize(("mean", "low"), [(weighted_mean, 6.0), (median(), 5.0), (trimmed_mean(0.0), 5.0)])
 def test_a_tensor_is_averaged_over_the_clients_that_sent_it(mean, low):
     deep = Update(0, {"low": torch.tensor([4.0]), "high": torch.tensor([10.0])}, 2.0)
     flat = Update(1, {"low": torch.tensor([6.0])}, 6.0)
@@ -97,7 +92,7 @@ def test_the_mean_of_equal_tensors_has_their_bits_and_dtype(mean, dtype):
 def test_sums_are_made_in_float64(mean):
     updates = [Update(k, {"q.A": torch.tensor([v])}, 1.0) for k, v in enumerate((1e8, 1e8 + 8, 1e8 + 8, 1e8 + 8, 1e8 + 8))]
     made = mean(updates)["q.A"].double().item()
-    exact = 1e8 + (6.4 if mean in (weighted_mean, uniform_mean) else 8)
+    exact = 1e8 + (6.4 if mean is weighted_mean else 8)
     assert abs(made - exact) <= 4  # half a unit in the last place of float32 there; a float32 sum of five is off by 16 and more
 
 
@@ -126,8 +121,7 @@ def test_a_weight_that_is_no_number_does_not_become_a_model_in_silence(weight):
         weighted_mean([update(0, 1.0, weight), update(1, 2.0, weight)])
 
 
-@pytest.mark.parametrize("mean", [weighted_mean, uniform_mean])
-def test_the_mean_holds_one_update_at_a_time(mean):
+def test_the_mean_holds_one_update_at_a_time():
     alive: weakref.WeakSet[Update] = weakref.WeakSet()
     arrays: list[weakref.ref[torch.Tensor]] = []
     before_next = []
@@ -141,5 +135,5 @@ def test_the_mean_holds_one_update_at_a_time(mean):
             yield one
             del one
 
-    assert mean(arriving())["q.A"].tolist() == [2.5]
+    assert weighted_mean(arriving())["q.A"].tolist() == [2.5]
     assert before_next == [(0, 0), *[(1, 1)] * 5]  # the one before is let go when the next comes, whatever their number

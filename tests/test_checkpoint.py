@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from fedpeft import checkpoint
-from fedpeft.aggregate import weighted_mean
 from fedpeft.checkpoint import Checkpoint, classes_in, found, freeze, read, save, thaw
 from fedpeft.codecs.raw import raw_bytes
 from fedpeft.config import build
 from fedpeft.lowrank import LowRank
-from fedpeft.messages import Broadcast, Update
+from fedpeft.messages import Broadcast
+from fedpeft.strategy import Federation
 
 pytestmark = pytest.mark.fast
 STRATEGIES = sorted((Path(__file__).parents[1] / "experiments" / "conf" / "strategy").glob("*.yaml"))
@@ -100,19 +100,15 @@ def test_what_a_state_is_not_made_of_is_refused_with_its_place(value):
 
 
 @pytest.mark.parametrize("path", STRATEGIES, ids=lambda path: path.stem)
-def test_every_strategys_state_comes_back_with_the_same_bits(path, tmp_path):
-    strategy = build(OmegaConf.to_container(OmegaConf.load(path)))
-    start = {"q.A": torch.randn(2, 5), "q.B": torch.zeros(4, 2), "head.weight": torch.randn(3, 4)}
-    state = strategy.init(start)
-    classes = classes_in(state) | set(KNOWN)  # what the server knows when it resumes: the classes of a beginning
+def test_every_strategys_state_comes_back_with_the_same_bits(path, tmp_path, federation):
+    run = federation(build(OmegaConf.to_container(OmegaConf.load(path)), run=Federation(rounds=4, optimizer="sgd")))
+    classes = classes_in(run.state) | set(KNOWN)  # what the server knows when it resumes: the classes of a beginning
     for round in range(3):
-        sent = strategy.broadcast(state, round, 0).tensors
-        shared = {name: tensor + 1 for name, tensor in sent.items() if strategy.phase(round).shares(name)}
-        state = strategy.aggregate(state, round, [Update(0, shared, 2.0)], weighted_mean)
-        back = read(save(Checkpoint(round + 1, state, {"up": round}), tmp_path, keep=1), classes)
+        run.take(run.play()[0])
+        back = read(save(Checkpoint(round + 1, run.state, {"up": round}), tmp_path, keep=1), classes)
         assert (back.round, back.facts) == (round + 1, {"up": round})
-        assert bits(back.state) == bits(state)
-        assert type(back.state) is type(state)
+        assert bits(back.state) == bits(run.state)
+        assert type(back.state) is type(run.state)
 
 
 # The file

@@ -7,6 +7,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from fedpeft.config import FAMILIES, Config, ConfigError, Evaluation, Run, Training, app_folder, build, check, load, presets_of
+from fedpeft.strategy import Federation
 
 pytestmark = pytest.mark.fast
 CONF = app_folder() / "experiments" / "conf"
@@ -53,7 +54,7 @@ def test_the_defaults_are_those_of_the_file_and_of_the_dataclasses(default):
     assert (default.train, default.evaluate, default.run) == (Training(), Evaluation(), Run())
     assert dict(default.choices) == {
         "strategy": "fedavg", "adapter": "lora", "model": "tiny_vit", "data": "digits", "codec": "raw", "privacy": "none",
-        "mean": "weighted",
+        "select": "all", "mean": "weighted",
     }  # fmt: skip
     assert check(default) == []
     assert load([]) == default
@@ -85,11 +86,11 @@ def test_a_preset_names_its_target_only_at_the_top(path: Path):
 
 @pytest.mark.parametrize(
     "path",
-    [path for family in ("strategy", "codec", "mean") for path in sorted((CONF / family).glob("*.yaml"))],
+    [path for family in ("strategy", "codec", "select", "mean") for path in sorted((CONF / family).glob("*.yaml"))],
     ids=lambda path: path.stem,
 )
 def test_a_preset_that_needs_no_data_is_built(path):
-    assert build(OmegaConf.to_container(OmegaConf.load(path))) is not None
+    assert build(OmegaConf.to_container(OmegaConf.load(path)), run=Federation(optimizer="sgd")) is not None
 
 
 def test_other_presets_can_be_loaded_from_a_folder(tmp_path):
@@ -191,9 +192,9 @@ NO_KEYS = [
     ("data.partition.aplha=3", "did you mean data.partition.alpha?"),
     ("train.lr.x=3", "train.lr has no fields"),
     ("rounds.x=3", "rounds has no fields"),
-    ("strategy=fa", "did you mean strategy=ffa? There are fedavg"),
+    ("strategy=fa", "did you mean strategy=ffa? There are fed_sb, fedavg"),
     ("strategy=", "there is no such strategy"),
-    ("mean=average", "There are median, trimmed, uniform, weighted"),
+    ("mean=average", "There are median, trimmed, weighted"),
     ("codec=../codec/raw", "there is no such codec"),
     ("data={path: x}", "there is no such data"),
     ("hydra.searchpath=[x]", "no such key"),

@@ -35,5 +35,5 @@ def test_always_is_the_same_phase_in_every_round():
 
 
 def test_the_contract_has_at_most_six_members():
-    assert len([name for name in vars(Strategy) if not name.startswith("_")]) == 5
-    assert len(fields(Phase)) == 7
+    assert len([name for name in vars(Strategy) if not name.startswith("_")]) == 6
+    assert len(fields(Phase)) == 8

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fedpeft.adapters.dropout import Keys
 from fedpeft.lowrank import LowRank
 from fedpeft.models.base import Base
-from fedpeft.tensors import Names, Tensors, is_own
+from fedpeft.tensors import Names, Tensors, is_own, rank_axes
 
 HEAD = "head."
 OWN = "adapter.safetensors"
@@ -37,45 +37,72 @@ class Adapted:
     save: Callable[[Path], None]  # writes the adapter's files; see `export`
     scales: Mapping[str, float] = field(default_factory=dict)
     module: nn.Module | None = None  # what is called, if not the base's own module
-    products: frozenset[str] = frozenset()  # layers that compute base(x) + scale * B A x, or B R A x: what the wave engine stacks
+    products: frozenset[str] = frozenset()  # layers that compute base(x) + scale * B A x, B R A x or B H A x: what the wave engine stacks
     dropout: Keys | None = None  # of the inputs of those layers
+    set_scale: Callable[[str, float], None] | None = None  # changes the scale of one B where it can be changed
 
-    def read(self) -> Tensors:
-        """Copies of all tensors, in boundary values, on the CPU."""
-        return {name: self.value(name).detach().cpu().clone() for name in self.parameters}
+    def read(self, like: Tensors | None = None) -> Tensors:
+        """Copies of all tensors, in boundary values, on the CPU; cut to the ranks they have in `like`."""
+        return {name: self.value(name, like).detach().cpu().clone() for name in self.parameters}
 
-    def value(self, name: str) -> Tensor:
-        """The live tensor in boundary values, with its gradient path."""
+    def value(self, name: str, like: Tensors | None = None) -> Tensor:
+        """The live tensor in boundary values, with its gradient path; cut to the shape it has in `like`."""
         scale = self.scales.get(name, 1.0)
-        return self.parameters[name] if scale == 1.0 else self.parameters[name] * scale
+        live: Tensor = self.parameters[name]
+        if like is not None and like[name].shape != live.shape:
+            live = live[tuple(slice(size) for size in like[name].shape)]
+        return live if scale == 1.0 else live * scale
 
-    def fill(self, tensors: Tensors) -> None:
+    @contextmanager
+    def rescaled(self, scales: Mapping[str, float] | None) -> Iterator[None]:
+        """With a device's own scales in place of the adapter's; None: the adapter's own."""
+        own = self.scales
+        try:
+            self._scale(own if scales is None else scales)
+            yield
+        finally:
+            self._scale(own)
+
+    def _scale(self, scales: Mapping[str, float]) -> None:
+        for name in self.scales:
+            if scales[name] != self.scales[name]:
+                if self.set_scale is None:
+                    raise ValueError(f"this adapter has one scale for all clients, not {scales[name]:g} for {name}; set adapter=lora")
+                self.set_scale(name, scales[name])
+        self.scales = scales
+
+    def fill(self, tensors: Tensors, *, any_rank: bool = False) -> None:
         """`write`, for tensors that must be all there are: what is missing would be left over from the client before."""
         if missing := sorted(self.parameters.keys() - tensors.keys()):
             raise ValueError(
                 f"{missing[0]} and {len(missing) - 1} more were neither sent nor kept; do server and client use the same adapter=?"
             )
-        self.write(tensors)
+        self.write(tensors, any_rank=any_rank)
 
     @torch.no_grad()
-    def write(self, tensors: Tensors) -> None:
+    def write(self, tensors: Tensors, *, any_rank: bool = False) -> None:
         """Copies boundary values into the live parameters; names with a slash belong to a strategy and are skipped.
 
-        Raises `ValueError` for a name this adapter does not have or another shape than it has, and then writes nothing.
+        With `any_rank` a smaller rank is padded with zeros, which stay zero in training: each padded factor's gradient is a product with
+        the other's zeros. Raises `ValueError` for a name this adapter does not have or another shape than it has, and then writes nothing.
         """
         mine = {name: tensor for name, tensor in tensors.items() if not is_own(name)}
         for name, tensor in mine.items():
             here = self.parameters.get(name)
             if here is None:
                 raise ValueError(f"{name} is not a tensor of this adapter; do server and client use the same adapter= and model=?")
-            if here.shape != tensor.shape:
+            fits = here.shape == tensor.shape or (any_rank and _is_smaller(tensor, here, rank_axes(name)))
+            if not fits:
                 raise ValueError(
                     f"{name} is {tuple(tensor.shape)}, the adapter here has {tuple(here.shape)}; "
                     "do server and client use the same rank and model?"
                 )
         for name, tensor in mine.items():
-            scale = self.scales.get(name, 1.0)
-            self.parameters[name].copy_(tensor if scale == 1.0 else tensor / scale)
+            scale, live = self.scales.get(name, 1.0), self.parameters[name].data
+            if live.shape != tensor.shape:
+                live.zero_()
+                live = live[tuple(slice(size) for size in tensor.shape)]
+            live.copy_(tensor if scale == 1.0 else tensor / scale)
 
     def select(self, names: Names) -> dict[str, nn.Parameter]:
         """Lets gradients into the parameters that satisfy `names`, and into no other; gives those."""
@@ -218,6 +245,13 @@ def layer(module: nn.Module, path: str) -> nn.Module:
     found = module.get_submodule(path)
     inner = getattr(found, "base_layer", None)
     return inner if isinstance(inner, nn.Module) else found
+
+
+def _is_smaller(tensor: Tensor, like: Tensor, free: Sequence[int]) -> bool:
+    """True if the tensor has the shape of `like` but for smaller sizes along the axes `free`."""
+    return tensor.dim() == like.dim() and all(
+        (1 <= a <= b) if axis in free else a == b for axis, (a, b) in enumerate(zip(tensor.shape, like.shape, strict=True))
+    )
 
 
 def is_transposed(inner: nn.Module) -> bool:

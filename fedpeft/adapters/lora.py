@@ -8,6 +8,7 @@ all through peft. On the boundary a layer has `<layer>.A` (r, in) and `<layer>.B
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import peft
 from torch import nn
@@ -15,6 +16,7 @@ from torch import nn
 from fedpeft.adapters.base import Adapted, layer
 from fedpeft.adapters.dropout import KeyedDropout, Keys
 from fedpeft.adapters.injected import NAME, attach, heads
+from fedpeft.adapters.wrapped import linear, sides
 from fedpeft.models.base import Base
 from fedpeft.tensors import targets
 
@@ -39,6 +41,7 @@ class Lora:
     rslora: bool = False
     dora: bool = False
     dropout: float = 0.0  # share of a layer's inputs that its A does not see in a step of training
+    capped: bool = False  # True: a linear layer smaller than `rank` gets the rank it has
 
     def attach(self, base: Base, seed: int) -> Adapted:
         """A drawn from `seed` (Kaiming uniform), B zero."""
@@ -52,10 +55,14 @@ class Lora:
             raise ValueError(f"adapter.dropout={self.dropout}: needed is a number in [0, 1)")
         if self.dropout and self.dora:
             raise ValueError(f"adapter.dropout={self.dropout}: DoRA is trained without dropout; leave it 0")
+        capped = {}
+        if self.capped:
+            small = {path: min(sides(inner)) for path, inner in linear(base, self.targets).items() if min(sides(inner)) < self.rank}
+            capped = {re.escape(path): rank for path, rank in small.items()}
         config = peft.LoraConfig(
             lora_dropout=self.dropout, r=self.rank, lora_alpha=self.alpha, use_rslora=self.rslora, use_dora=self.dora,
             target_modules=list(self.targets) if isinstance(self.targets, tuple) else self.targets, exclude_modules=heads(base) or None,
-            rank_pattern=dict(self.rank_pattern), alpha_pattern=dict(self.alpha_pattern),
+            rank_pattern=dict(self.rank_pattern) | capped, alpha_pattern=dict(self.alpha_pattern),
         )  # fmt: skip
         adapted = attach(base, config, seed, _name, _scales)
         try:
@@ -63,6 +70,7 @@ class Lora:
         except ValueError:
             adapted.undo()
             raise
+        adapted.set_scale = partial(_rescale, base.module)
         if not self.dora:  # its magnitudes divide by a norm of the whole weight: no plain product
             adapted.products = frozenset(targets(adapted.parameters))
         if self.dropout:
@@ -100,6 +108,10 @@ def _check(lora: Lora, module: nn.Module, parameters: Mapping[str, nn.Parameter]
 
 def _under(name: str, values: Mapping[str, float]) -> dict[str, float]:
     return {f"{name}.{key}": value for key, value in values.items()}
+
+
+def _rescale(module: nn.Module, name: str, scale: float) -> None:
+    module.get_submodule(name.removesuffix(".B")).scaling[NAME] = scale  # type: ignore[index,operator]  # peft's LoraLayer
 
 
 def _name(name: str) -> str:

@@ -1,75 +1,65 @@
 """LoRA-SB: a trained r x r core R between two factors, y = W x + B R A x (Ponkshe et al., https://arxiv.org/abs/2411.19557).
 
 Fed-SB trains and exchanges R alone (Singhal et al., https://arxiv.org/abs/2502.15436): means of R are exact, since B and A are the same
-everywhere. Here B and A are orthonormal, drawn from the run's seed, and R is zero, so the model starts unchanged; a strategy may send
+everywhere. B and A are orthonormal, as LoRA-SB needs; R is zero, so the model starts unchanged. `start="xs"` takes them from the SVD of
+the frozen weight (LoRA-XS, Balazy et al., https://arxiv.org/abs/2405.17604), `start="random"` from the run's seed; a strategy may send
 others.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from fedpeft import seeds
-from fedpeft.adapters.base import Adapted, head_parameters, is_transposed, precision, save_own, undoing
+from fedpeft.adapters.base import Adapted, is_transposed, precision
+from fedpeft.adapters.wrapped import fitting, linear, orthonormal, sides, wrap
+from fedpeft.lowrank import nearest
 from fedpeft.models.base import Base
-from fedpeft.tensors import targets
 
 
 @dataclass(frozen=True)
 class LoraSB:
-    """`targets` is "all-linear" or the last parts of layers' names."""
+    """`targets` as for LoRA. `capped`: a layer smaller than `rank` gets the rank it has."""
 
     rank: int = 8
-    targets: str | tuple[str, ...] = "all-linear"
+    targets: str | tuple[str, ...] | None = "all-linear"
+    start: Literal["random", "xs"] = "random"
+    capped: bool = False
+
+    def __post_init__(self) -> None:
+        if self.start not in ("random", "xs"):
+            raise ValueError(f"adapter.start={self.start}: needed is random or xs")
 
     def attach(self, base: Base, seed: int) -> Adapted:
         """Wraps every target. Raises `ValueError` for a rank larger than its layer, and for a name that fits no layer."""
-        chosen, undo = self._targets(base), undoing(base)
         rng = seeds.generator(seed, purpose="adapter")
-        parameters: dict[str, nn.Parameter] = {}
-        for path, inner in chosen.items():
-            made = _Core(inner, self.rank, rng)
-            base.module.set_submodule(path, made)
-            parameters |= {f"{path}.{part}": getattr(made, part) for part in ("A", "R", "B")}
-        parameters |= head_parameters(base)
-        return Adapted(base, parameters, undo, save_own(parameters, "lora_sb"), products=frozenset(targets(parameters)))
 
-    def _targets(self, base: Base) -> dict[str, nn.Module]:
-        if self.rank < 1:
-            raise ValueError(f"adapter.rank={self.rank}: needed is at least 1")
-        last = base.module.get_output_embeddings()  # type: ignore[operator]  # every transformers model has it
-        head = {name.rpartition(".")[0] for name in base.head}
-        linear = {
-            path: inner
-            for path, inner in base.module.named_modules()
-            if (isinstance(inner, nn.Linear) or is_transposed(inner)) and path not in head and inner is not last
-        }
-        found = dict(linear) if self.targets == "all-linear" else {}
-        for target in () if self.targets == "all-linear" else (self.targets,) if isinstance(self.targets, str) else self.targets:
-            fits = {path: inner for path, inner in linear.items() if f".{path}".endswith(f".{target}")}
-            if not fits:
-                raise ValueError(f"adapter.targets: no layer's name ends in {target}; there are {', '.join(linear)}")
-            found |= fits
-        for path, inner in found.items():
-            assert isinstance(inner.weight, Tensor)
-            if self.rank > min(inner.weight.shape):
-                raise ValueError(
-                    f"adapter.rank={self.rank} is larger than the layer {path} ({' x '.join(map(str, inner.weight.shape))}); "
-                    f"needed is at most {min(inner.weight.shape)}"
-                )
-        return found
+        def make(path: str, inner: nn.Module) -> nn.Module:
+            rank = fitting(self.rank, inner, path, capped=self.capped)
+            return _Core(inner, *(orthonormal(*sides(inner), rank, rng) if self.start == "random" else _leading(inner, rank, seed)))
+
+        return wrap(base, linear(base, self.targets), make, ("A", "R", "B"), "lora_sb")
+
+
+def _leading(inner: nn.Module, rank: int, seed: int) -> tuple[Tensor, Tensor]:
+    """The leading left (m, r) and right (r, n) singular vectors of the frozen weight, float64; signs fixed."""
+    weight = inner.weight
+    assert isinstance(weight, Tensor)
+    best = nearest(weight.T if is_transposed(inner) else weight, rank, seed=seed)
+    B = best.B.double()
+    return B / B.norm(dim=0), best.A.double()
 
 
 class _Core(nn.Module):
-    def __init__(self, inner: nn.Module, rank: int, rng: torch.Generator) -> None:
+    def __init__(self, inner: nn.Module, B: Tensor, A: Tensor) -> None:
         super().__init__()
         self.base_layer = inner
         weight = inner.weight
         assert isinstance(weight, Tensor)
-        out, into = reversed(weight.shape) if is_transposed(inner) else weight.shape
-        a, b = (torch.linalg.qr(torch.randn(size, rank, generator=rng, dtype=torch.float64))[0] for size in (into, out))
-        self.A, self.R, self.B = (nn.Parameter(value.to(weight.device, precision(weight))) for value in (a.T, torch.zeros(rank, rank), b))
+        rank = len(A)
+        self.A, self.R, self.B = (nn.Parameter(value.to(weight.device, precision(weight))) for value in (A, torch.zeros(rank, rank), B))
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base_layer(x)

@@ -46,19 +46,25 @@ def hits(task: Task, logits: Tensor, targets: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def examined(logits: Logits, task: Task, examples: Examples, rows: Tensor, *, batch: int = 128) -> Tensor:
+    """(2, N) float64: loss and hit of each of `rows`, zeros elsewhere."""
+    seen = torch.zeros(2, len(examples), dtype=torch.float64)
+    for some in in_batches(examples, rows, batch):
+        inputs, targets = examples.batch(some)
+        out = logits(inputs)
+        targets = targets.to(out.device)
+        seen[0, some] = losses(task, out, targets).double().cpu()
+        seen[1, some] = hits(task, out, targets).double().cpu()
+    return seen
+
+
 def score(logits: Logits, task: Task, examples: Examples, *, weights: Tensor | None = None, batch: int = 128) -> Score:
     """The score over all examples, each counted once or by its weight (N,)."""
     if not len(examples):
         raise ValueError("there are no test examples; give the data a test file or data.test_share=0.2")
-    loss, right, total = 0.0, 0.0, 0.0
     weights = torch.ones(len(examples)) if weights is None else weights
     if not weights.any():
         raise ValueError("no test example has a label that this client holds; give the data more test rows")
-    for rows in in_batches(examples, weights.nonzero()[:, 0], batch):
-        inputs, targets = examples.batch(rows)
-        out = logits(inputs)
-        targets, w = targets.to(out.device), weights[rows].double()
-        loss += float(losses(task, out, targets).double().cpu() @ w)
-        right += float(hits(task, out, targets).double().cpu() @ w)
-        total += float(w.sum())
-    return Score(loss / total, right / total, len(examples))
+    seen = examined(logits, task, examples, weights.nonzero()[:, 0], batch=batch)
+    loss, right = (seen @ weights.double() / weights.double().sum()).tolist()
+    return Score(loss, right, len(examples))

@@ -104,7 +104,7 @@ def test_two_clients_federate_for_a_round(name, tiny, examples, batch):
     frozen = {key: tensor.clone() for key, tensor in everything(client).items() if id(tensor) not in trained}
 
     strategy = FedAvg()
-    state = strategy.init(start)
+    state = strategy.init({"main": start})
     updates = [local(client, strategy.broadcast(state, 0, number), number, examples, rows) for number, rows in ((0, 12), (1, 8))]
     state = strategy.aggregate(state, 0, updates, weighted_mean)
 

@@ -11,7 +11,7 @@ from clients.memory import Memory
 from fedpeft.config import build, load
 from fedpeft.messages import Broadcast
 from fedpeft.records import Packer, to_records
-from fedpeft.setting import Setting, open_setting
+from fedpeft.setting import Setting, open_setting, strategy_of
 from fedpeft.simulation import InProcessGrid
 from server.exchange import Traffic, connect
 
@@ -25,7 +25,7 @@ def setting() -> Setting:
 
 def site(setting: Setting, folder: Path, *, strategy: str = "fedavg", replies: bool = True) -> Site:
     config = load([*SMALL, f"strategy={strategy}"])
-    return Site(setting, build(config.strategy), build(config.codec), Memory(folder, replies=replies))
+    return Site(setting, strategy_of(config), build(config.codec), Memory(folder, replies=replies))
 
 
 def message(setting: Setting, round: int = 0) -> tuple[Broadcast, object]:

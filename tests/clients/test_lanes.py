@@ -18,7 +18,7 @@ from clients.memory import Memory
 from fedpeft.config import build, load
 from fedpeft.messages import Broadcast
 from fedpeft.records import Packer, to_records
-from fedpeft.setting import open_setting
+from fedpeft.setting import open_setting, strategy_of
 
 
 def test_every_order_is_answered_once_whatever_the_number_of_lanes() -> None:
@@ -87,8 +87,9 @@ def test_lanes_that_open_the_run_for_themselves_give_the_same_bytes(tmp_path: Pa
     overrides = ["clients=4", "cohort=4", "train.steps=2", "model.epochs=1", "rounds=2", "evaluate.head_only=false", "engine.lanes=2"]
     config = load(overrides)
     setting = open_setting(config)
-    known = {"fixed": 32, "tokens": 2048, "wave": 2, "lanes": 2}
-    site = Site(setting, build(config.strategy), build(config.codec), Memory(tmp_path / "one", replies=False), known=known)
+    facts = {"fixed": 32, "tokens": 2048, "wave": 2}
+    known = {"lanes": 2, "adapters": {"main": facts}}
+    site = Site(setting, strategy_of(config), build(config.codec), Memory(tmp_path / "one", replies=False), known=known)
     packed = Packer().pack(Broadcast(setting.adapted.read()))
     content = to_records(packed.payload, {"round": 0, "digest": packed.digest})
     asked = [(client, "train", content) for client in range(4)]
@@ -101,7 +102,13 @@ def test_lanes_that_open_the_run_for_themselves_give_the_same_bytes(tmp_path: Pa
         with lanes:
             seen.append({client: made["payload"]["data"].data for client, _, made in site.answers(asked, lanes.map)})
     assert seen[0] == seen[1] == seen[2]
-    alone = Site(setting, site.strategy, site.codec, Memory(tmp_path / "three", replies=False), known={**known, "wave": 1, "lanes": 1})
+    alone = Site(
+        setting,
+        site.strategy,
+        site.codec,
+        Memory(tmp_path / "three", replies=False),
+        known={"lanes": 1, "adapters": {"main": {**facts, "wave": 1}}},
+    )
     for client, _, made in alone.answers(asked, lambda orders: enumerate(map(alone.work, orders))):  # another layout: rounding alone
         one, other = (np.frombuffer(data, dtype=np.float32) for data in (made["payload"]["data"].data, seen[0][client]))
         assert 0 < len(one) == len(other)

@@ -25,7 +25,11 @@ def everyone(count):
 def play(serve, joined, start, *, count=3, rounds=1, draw=None, mean=weighted_mean, first=0, **how):
     """All rounds of `serve`'s clients."""
     strategy = serve.strategy
-    return list(run(strategy, strategy.init(start), joined(serve, count), draw or everyone(count), mean, first=first, rounds=rounds, **how))
+    return list(
+        run(
+            strategy, strategy.init({"main": start}), joined(serve, count), draw or everyone(count), mean, first=first, rounds=rounds, **how
+        )
+    )
 
 
 def test_a_round_is_the_weighted_mean_of_what_clients_sent(clients, joined, start):
@@ -39,7 +43,7 @@ def test_a_round_is_the_weighted_mean_of_what_clients_sent(clients, joined, star
 
 def test_rounds_come_one_at_a_time_and_only_when_asked_for(clients, joined, start):
     serve = clients(FedAvg())
-    rounds = run(serve.strategy, serve.strategy.init(start), joined(serve, 2), everyone(2), weighted_mean, first=0, rounds=3)
+    rounds = run(serve.strategy, serve.strategy.init({"main": start}), joined(serve, 2), everyone(2), weighted_mean, first=0, rounds=3)
     assert serve.down == []
     next(rounds)
     assert len(serve.down) == 2
@@ -148,7 +152,9 @@ def test_min_clients_that_are_never_reached_end_the_run_and_keep_the_rounds_befo
         )
 
     serve = clients(FedAvg(), odd={1: fails_later, 2: fails_later})
-    rounds = run(serve.strategy, serve.strategy.init(start), joined(serve, 3), everyone(3), weighted_mean, first=0, rounds=5, min_clients=2)
+    rounds = run(
+        serve.strategy, serve.strategy.init({"main": start}), joined(serve, 3), everyone(3), weighted_mean, first=0, rounds=5, min_clients=2
+    )
     assert [done.round for done in itertools.islice(rounds, 2)] == [0, 1]
     with pytest.raises(RoundFailed, match=r"round 2: 1 clients answered, min_clients=2 are needed.*client 1: client 1 ran out of memory"):
         next(rounds)

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.fast
 
 def test_the_mean_of_what_clients_send_replaces_what_the_server_had():
     strategy = FedAvg()
-    state = strategy.init({"q.A": torch.tensor([[0.0, 0.0]]), "head.bias": torch.tensor([7.0])})
+    state = strategy.init({"main": {"q.A": torch.tensor([[0.0, 0.0]]), "head.bias": torch.tensor([7.0])}})
     updates = [
         Update(0, {"q.A": torch.tensor([[1.0, 2.0]]), "head.bias": torch.tensor([0.0])}, 1.0),
         Update(1, {"q.A": torch.tensor([[5.0, 6.0]]), "head.bias": torch.tensor([4.0])}, 3.0),
@@ -24,7 +24,7 @@ def test_the_mean_of_what_clients_send_replaces_what_the_server_had():
 
 def test_a_layer_that_nobody_sent_stays_as_it_was():
     strategy = FedAvg()
-    state = strategy.init({"q.A": torch.zeros(1), "v.A": torch.ones(1)})
+    state = strategy.init({"main": {"q.A": torch.zeros(1), "v.A": torch.ones(1)}})
     new = strategy.aggregate(state, 0, [Update(0, {"q.A": torch.ones(1)}, 2.0)], weighted_mean)
     assert new.tensors["v.A"] is state.tensors["v.A"]
 
@@ -36,7 +36,7 @@ def test_base_deltas_are_carried_along():
 
 def test_all_clients_get_one_object_so_that_it_is_packed_once():
     strategy = FedAvg()
-    state = strategy.init({"q.A": torch.zeros(1)})
+    state = strategy.init({"main": {"q.A": torch.zeros(1)}})
     assert {id(strategy.broadcast(state, 0, client)) for client in (None, 0, 1, 99)} == {id(state)}
 
 
@@ -73,7 +73,7 @@ def test_two_clients_of_rank_r_leave_an_error_of_rank_r(federation, mean_of_prod
 
 def test_an_adapter_without_low_rank_pairs_is_welcome_unless_the_method_needs_them():
     head_only = {"head.weight": torch.zeros(2, 3)}
-    assert FedAvg().init(head_only).tensors is head_only
-    assert fedprox().init(head_only).tensors is head_only
+    assert FedAvg().init({"main": head_only}).tensors is head_only
+    assert fedprox().init({"main": head_only}).tensors is head_only
     with pytest.raises(ValueError, match="choose adapter=lora"):
-        ffa_lora().init(head_only)
+        ffa_lora().init({"main": head_only})

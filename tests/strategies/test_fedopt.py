@@ -15,7 +15,7 @@ def double(*values: float) -> torch.Tensor:
 
 def two_steps(strategy: FedOpt, changes: tuple[float, float], start: float = 10.0) -> list[float]:
     """The model after each of two rounds in which two clients of weights 1 and 3 moved by `change` on average."""
-    state, seen = strategy.init({"q.A": double(start)}), []
+    state, seen = strategy.init({"main": {"q.A": double(start)}}), []
     for round, change in enumerate(changes):
         now = state.model.tensors["q.A"]
         updates = [Update(0, {"q.A": now + change - 3}, 1.0), Update(1, {"q.A": now + change + 1}, 3.0)]
@@ -65,7 +65,7 @@ def test_momentum_of_rate_one_without_memory_is_fedavg():
 @pytest.mark.parametrize("optimizer", ["adam", "yogi"])
 def test_a_step_is_at_most_the_rate_for_a_change_that_stays(optimizer):
     strategy = FedOpt(optimizer, lr=0.5)
-    state = strategy.init({"q.A": double(0.0, 0.0)})
+    state = strategy.init({"main": {"q.A": double(0.0, 0.0)}})
     for round in range(300):
         now = state.model.tensors["q.A"]
         state = strategy.aggregate(state, round, [Update(0, {"q.A": now + double(1000.0, -1e-5)}, 1.0)], weighted_mean)
@@ -76,7 +76,7 @@ def test_a_step_is_at_most_the_rate_for_a_change_that_stays(optimizer):
 
 def test_tensors_that_are_not_shared_have_no_moments_and_stay():
     strategy = FedOpt(phase=ffa_lora().phase)
-    state = strategy.init({"q.A": double(1.0), "q.B": double(2.0)})
+    state = strategy.init({"main": {"q.A": double(1.0), "q.B": double(2.0)}})
     new = strategy.aggregate(state, 0, [Update(0, {"q.B": double(3.0)}, 1.0)], weighted_mean)
     assert torch.equal(new.model.tensors["q.A"], double(1.0))
     assert set(new.m) == set(new.v) == {"q.B"}
@@ -84,7 +84,7 @@ def test_tensors_that_are_not_shared_have_no_moments_and_stay():
 
 def test_moments_of_a_tensor_that_rests_a_round_are_kept():
     strategy = FedOpt("momentum", lr=1.0, beta1=0.5)
-    state = strategy.init({"q.A": double(0.0), "q.B": double(0.0)})
+    state = strategy.init({"main": {"q.A": double(0.0), "q.B": double(0.0)}})
     for round, moving in enumerate(("q.A", "q.B", "q.A")):
         now = state.model.tensors[moving]
         state = strategy.aggregate(state, round, [Update(0, {moving: now + 4}, 1.0)], weighted_mean)
@@ -94,7 +94,7 @@ def test_moments_of_a_tensor_that_rests_a_round_are_kept():
 
 def test_its_state_begins_without_moments_and_all_clients_get_the_model():
     strategy = FedOpt()
-    state = strategy.init({"q.A": double(1.0)})
+    state = strategy.init({"main": {"q.A": double(1.0)}})
     assert isinstance(state, State)
     assert isinstance(state.model, Broadcast)
     assert (state.m, state.v) == ({}, {})

@@ -46,4 +46,4 @@ def test_a_client_that_was_never_there_starts_from_zero_b_and_the_shared_a(feder
 
 def test_an_adapter_without_pairs_is_refused():
     with pytest.raises(ValueError, match=r"low-rank pairs.*adapter=lora"):
-        fedsa_lora().init({"head.weight": torch.zeros(2, 3)})
+        fedsa_lora().init({"main": {"head.weight": torch.zeros(2, 3)}})

@@ -28,8 +28,8 @@ def test_the_head_is_averaged_by_examples(federation):
     run = federation(ffa_lora())
     updates, trained = run.play((0, 1))  # of weight 1 and 2
     run.take(updates)
-    want = (trained[0]["head.weight"] + 2 * trained[1]["head.weight"]) / 3
-    assert torch.allclose(run.state.tensors["head.weight"], want, rtol=0, atol=1e-15)
+    want = (trained[0]["head.classifier.weight"] + 2 * trained[1]["head.classifier.weight"]) / 3
+    assert torch.allclose(run.state.tensors["head.classifier.weight"], want, rtol=0, atol=1e-15)
 
 
 def test_a_never_moves(federation, start):
@@ -39,4 +39,4 @@ def test_a_never_moves(federation, start):
 
 def test_an_adapter_without_pairs_is_refused():
     with pytest.raises(ValueError, match=r"low-rank pairs.*adapter=lora"):
-        ffa_lora().init({"head.weight": torch.zeros(2, 3), "layer.0.bias": torch.zeros(3)})
+        ffa_lora().init({"main": {"head.weight": torch.zeros(2, 3), "layer.0.bias": torch.zeros(3)}})

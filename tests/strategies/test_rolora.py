@@ -50,4 +50,4 @@ def test_the_factor_that_rests_keeps_its_bits(federation):
 
 def test_an_adapter_without_pairs_is_refused():
     with pytest.raises(ValueError, match=r"low-rank pairs.*adapter=lora"):
-        rolora().init({"head.weight": torch.zeros(2, 3)})
+        rolora().init({"main": {"head.weight": torch.zeros(2, 3)}})
