@@ -4,8 +4,10 @@ from pathlib import Path
 
 from fedpeft import checkpoint
 from fedpeft.config import ConfigError
+from fedpeft.ledger import write_text
 from fedpeft.setting import open_setting, strategy_of
 from server.app import known_classes
+from server.card import card
 from server.export import export_as
 from server.folder import reopen
 
@@ -25,6 +27,10 @@ def export_run(run_dir: Path, to: Path, *, rank: int | None, merge: bool) -> str
     name = strategy.phase(found.round).adapter
     sent = strategy.broadcast(found.state, found.round, None)
     error = export_as(setting, name, sent, to, rank=rank, merge=merge)
+    if not merge:
+        facts = found.facts
+        text = card(config, setting, to, zero_shot=facts["zero_shot"], final=facts["accuracy"], measure=facts["measure"])
+        write_text(to / "README.md", text)
     what = "the base with the adapter merged in" if merge else "a PEFT adapter"
     cut = "" if rank is None else f", cut to rank {rank}: relative error {error:.3g}"
     return f"{to}: {what} after round {found.round} of {config.rounds}{cut}"

@@ -53,6 +53,7 @@ def _page(folder: Path, result: dict[str, Any], entries: list[dict[str, Any]], b
         (f"federated, adapter and head ({accuracy['measure']} model)", _percent(accuracy["final"])),
         ("trained parameters", f"{result['parameters']:,}"),
         ("payload bytes up / down", f"{size(result['bytes']['up'])} / {size(result['bytes']['down'])}"),
+        ("aggregation error, last round", _last_error(entries)),
         ("seconds", f"{result['seconds']:.1f}"),
         ("epsilon", "none: no differential privacy" if result["epsilon"] is None else f"{result['epsilon']:.3f}"),
     ]
@@ -63,6 +64,7 @@ def _page(folder: Path, result: dict[str, Any], entries: list[dict[str, Any]], b
     parts = [
         f"<!doctype html><html lang=en><meta charset=utf-8><title>fedpeft {html.escape(folder.name)}</title><style>{STYLE}</style>",
         f"<h1>{html.escape(folder.name)}</h1><table>{table}</table><h2>Rounds</h2>{_svg(_curves(entries, baseline, accuracy))}",
+        _aggregation(entries),
         f"<h2>Who owned what</h2><p>{html.escape(_described(split))}</p>{_histogram(split)}" if split else "",
         f"<h2>Faults</h2><ul>{listed}</ul><h2>Config</h2><pre>{config}</pre></html>",
     ]
@@ -85,6 +87,29 @@ def _curves(entries: list[dict[str, Any]], baseline: list[dict[str, Any]], accur
         axis.legend(frameon=False)
     left.set_ylim(0, 1)
     return figure
+
+
+def _aggregation(entries: list[dict[str, Any]]) -> str:
+    """What was aggregated against the true weighted mean of the clients' products: over the rounds, and by layer in the last."""
+    seen = [(entry["round"] + 1, entry["aggregation"]) for entry in entries if (entry.get("aggregation") or {}).get("error") is not None]
+    if not seen:
+        return "<h2>Aggregation error</h2><p>None to measure: the server does not see both factors, or the adapter has no pairs.</p>"
+    figure, (left, right) = _figure(2, (12, 3.4))
+    for axis, which, title in ((left, 0, "relative Frobenius error"), (right, 1, "cosine")):
+        for layer in seen[-1][1]["layers"]:
+            rounds = [(r, found["layers"][layer][which]) for r, found in seen if found["layers"].get(layer)]
+            axis.plot(*zip(*rounds, strict=True), color="C7", lw=0.5, alpha=0.5)
+        axis.plot([r for r, _ in seen], [found[("error", "cosine")[which]] for _, found in seen], color="C0", label="all layers")
+        axis.set(title=title, xlabel="round")
+        axis.legend(frameon=False)
+    rows = "".join(
+        f"<tr><td>{html.escape(layer)}</td>"
+        + ("<td class=n>n/a</td><td class=n>n/a</td>" if pair is None else f"<td class=n>{pair[0]:.3g}</td><td class=n>{pair[1]:.6f}</td>")
+        + "</tr>"
+        for layer, pair in seen[-1][1]["layers"].items()
+    )
+    table = f"<table><tr><th>layer, last round</th><th>error</th><th>cosine</th></tr>{rows}</table>"
+    return f"<h2>Aggregation error</h2>{_svg(figure)}<details><summary>By layer</summary>{table}</details>"
 
 
 def _histogram(split: dict[str, Any]) -> str:
@@ -122,6 +147,11 @@ def _svg(figure: Any) -> str:
 def _described(split: dict[str, Any]) -> str:
     facts = split["describe"]
     return ", ".join(f"{name.replace('_', ' ')}: {round(value, 2) if isinstance(value, float) else value}" for name, value in facts.items())
+
+
+def _last_error(entries: list[dict[str, Any]]) -> str:
+    errors = [entry["aggregation"]["error"] for entry in entries if entry.get("aggregation")]
+    return f"{errors[-1]:.2g}" if errors and errors[-1] is not None else "n/a"
 
 
 def _percent(value: float | None) -> str:

@@ -78,7 +78,8 @@ class _Taken:
         self._alike = alike  # every client counts once
         self.count, self._needed, self._loss, self._weight = 0, needed, 0.0, 0.0
         self._out = {client: strategy.broadcast(state, round, client) for client in cohort.clients}
-        self._phase, self._equal = strategy.phase(round), strategy.mean_only
+        self._phase = strategy.phase(round)
+        self._equal = strategy.mean_only or self._phase.finish is None  # else a client's rank is what it was sent
         self._round, self._exchange, self._traffic = round, exchange, traffic
 
     def __iter__(self) -> Iterator[Update]:
