@@ -7,6 +7,7 @@ import torch
 
 from fedpeft.aggregate import median, weighted_mean
 from fedpeft.codecs.raw import Raw
+from fedpeft.strategy import Phase, always
 from server.rounds import ATTEMPTS, RoundFailed, run
 from server.sampling import Cohort, fixed
 from strategies.fedavg import FedAvg
@@ -168,17 +169,20 @@ def test_bytes_of_all_draws_of_a_round_are_counted(clients, joined, start, faili
     assert done.traffic.up == sum(len(payload) for _, payload in serve.up)
 
 
-def test_a_strategy_that_takes_any_rank_is_given_any_rank(clients, joined, start):
+def test_a_strategy_whose_clients_prune_is_given_any_rank(clients, joined, start):
     class AnyRank(FedAvg):
         mean_only = False
+
+    prunes = AnyRank(always(Phase(finish=lambda now, start, steps: now)))
 
     def pruned(clients, message, client):
         return clients.answer(message, client, lambda t: t | {"q.A": t["q.A"][:1], "q.B": t["q.B"][:, :1]})
 
-    (done,) = play(clients(AnyRank(), odd={0: pruned}), joined, start, count=1)
+    (done,) = play(clients(prunes, odd={0: pruned}), joined, start, count=1)
     assert done.state.tensors["q.A"].shape == (1, 5)
-    with pytest.raises(RoundFailed, match=r"q\.A is \(1, 5\)"):
-        play(clients(FedAvg(), odd={0: pruned}), joined, start, count=1)
+    for strategy in (FedAvg(), AnyRank()):  # a mean takes one shape, and who does not prune ends with the rank it was sent
+        with pytest.raises(RoundFailed, match=r"q\.A is \(1, 5\)"):
+            play(clients(strategy, odd={0: pruned}), joined, start, count=1)
 
 
 def test_a_loss_that_nobody_reports_is_not_a_number_and_no_crash(clients, joined, start):
