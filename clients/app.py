@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
 from flwr.app import Context, Error, Message, RecordDict
@@ -16,6 +15,7 @@ from flwr.common.constant import ErrorCode
 from torch import Tensor
 
 from clients.engine import Engine
+from clients.held import Held
 from clients.lanes import Lanes, usual
 from clients.memory import Memory, Reply
 from clients.plan import waves
@@ -23,11 +23,20 @@ from clients.train import Job, at_round, rates
 from fedpeft import seeds
 from fedpeft.adapters.base import Adapted
 from fedpeft.codecs.base import Codec, Payload
-from fedpeft.config import ConfigError, build, load
+from fedpeft.codecs.raw import Raw
+from fedpeft.config import ConfigError, load
 from fedpeft.messages import Broadcast
-from fedpeft.records import Packer, from_records, pack_update, to_records, unpack_broadcast
-from fedpeft.setting import Setting, open_setting, strategy_of
+from fedpeft.records import (
+    Packer,
+    draw_up,
+    from_records,
+    pack_update,
+    to_records,
+    unpack_broadcast,
+)
+from fedpeft.setting import Setting, codec_of, downlink_of, open_setting, strategy_of
 from fedpeft.strategy import Phase, Strategy
+from fedpeft.tensors import Tensors
 
 
 @dataclass(frozen=True)
@@ -48,6 +57,7 @@ class Order:
     broadcasts: Mapping[str, tuple[str, bytes]]
 
 
+OWED = "owed/"  # names in a client's memory: what a codec left out
 Answer = Reply | str  # what one client says: a reply, or what went wrong with it alone
 
 
@@ -59,10 +69,9 @@ class Site:
     strategy: Strategy[Any]
     codec: Codec
     memory: Memory
-    holds: bool = True  # this process answers a client's next message too, so the server need not send again what is held
+    feedback: bool = False  # what a lossy codec leaves out of an update is added to the next
+    held: Held = field(default_factory=lambda: Held(Raw(), 0))
     known: Mapping[str, Any] = field(default_factory=dict)  # what the run measured before: lanes, and facts of each adapter
-    _held: dict[int, dict[str, Tensor]] = field(default_factory=dict)  # client -> digest -> tensor of the broadcast it answered last
-    _known: WeakValueDictionary[str, Tensor] = field(default_factory=WeakValueDictionary)  # the same tensors once for all clients
     _present: tuple[Adapted, Engine] | None = None
 
     def engine(self, adapter: str) -> Engine:
@@ -120,7 +129,8 @@ class Site:
         for client, kind, content in messages:
             try:
                 ask = _ask(client, kind, content, self.setting.config.rounds)
-                broadcast = self._open(client, kind, content)
+                payload, said = from_records(content), content.config_records["facts"]
+                broadcast = unpack_broadcast(payload, {}, {}) if kind == "evaluate" else self.held.open(client, payload, said)
             except Exception as fault:  # a message that cannot be read is that client's fault alone
                 yield client, kind, str(fault) or repr(fault)
                 continue
@@ -132,7 +142,7 @@ class Site:
             orders = self._orders([ask for ask, _ in asked], {ask.digest: broadcast for ask, broadcast in asked})
             for position, replies in each(orders):
                 for ask, reply in zip(orders[position].asks, replies, strict=True):
-                    facts = {"client": ask.client} | ({"holds": self.holds and ask.client in self._held} if kind == "train" else {})
+                    facts = {"client": ask.client} | ({"holds": ask.client in self.held} if kind == "train" else {})
                     yield ask.client, kind, reply if isinstance(reply, str) else to_records(reply.payload, facts, reply.facts)
 
     def work(self, order: Order) -> list[Answer]:
@@ -159,13 +169,17 @@ class Site:
                 yield ask, str(done)
                 continue
             update, keeps = done
+            owed = self._owed(ask, phase) if self.feedback and phase.carries else None
+            seed = draw_up(self.setting.config.seed, ask.round, ask.client)
             try:
-                reply = Reply(pack_update(update, job.broadcast, self.codec), {"weight": update.weight, **update.metrics})
+                payload, left = pack_update(update, job.broadcast, self.codec, seed=seed, owed=owed)
             except ValueError as fault:
                 yield ask, str(fault)
                 continue
+            reply = Reply(payload, {"weight": update.weight, **update.metrics})
             if self.memory.answered(ask.client, ask.round, ask.digest) is None:
-                self.memory.store(ask.client, phase.adapter, ask.round, ask.digest, keeps, reply)
+                kept = keeps | {OWED + name: tensor for name, tensor in ((owed or {}) | left).items()}
+                self.memory.store(ask.client, phase.adapter, ask.round, ask.digest, kept, reply)
             yield ask, reply
 
     def _evaluated(self, asks: Sequence[Ask], broadcasts: Mapping[str, Broadcast]) -> list[Answer]:
@@ -193,12 +207,20 @@ class Site:
     def _job(self, ask: Ask, broadcast: Broadcast, phase: Phase) -> Job:
         config, adapted = self.setting.config, self.setting.on(phase.adapter)
         work, scales = at_round(config.train, ask.round, config.rounds), self.setting.scales(ask.client, adapted)
-        kept = self.memory.recall(ask.client, phase.adapter, ask.round)
+        if scales is None and not self.strategy.mean_only:  # such a strategy may send less than the adapter's rank: HetLoRA's clients prune
+            scales = adapted.scales
+        recalled = self.memory.recall(ask.client, phase.adapter, ask.round)
+        kept = {name: tensor for name, tensor in recalled.items() if not name.startswith(OWED)}
         return Job(
             ask.client, broadcast, self.setting.split.clients[ask.client], work,
             seeds.generator(config.seed, round=ask.round, client=ask.client, purpose="batches"),
             kept | rates(adapted, work, scales) if phase.rates else kept, scales,
         )  # fmt: skip
+
+    def _owed(self, ask: Ask, phase: Phase) -> Tensors:
+        """What a lossy codec has left out of this client's updates so far."""
+        found = self.memory.recall(ask.client, phase.adapter, ask.round)
+        return {name.removeprefix(OWED): tensor for name, tensor in found.items() if name.startswith(OWED)}
 
     def _orders(self, asks: list[Ask], broadcasts: Mapping[str, Broadcast]) -> list[Order]:
         """Waves of sorted clients. Who is asked, and the run's settings, decide them; nothing else."""
@@ -215,18 +237,13 @@ class Site:
             made.append(Order(mine, {ask.digest: packed[ask.digest] for ask in mine}))
         return made
 
-    def _open(self, client: int, kind: str, content: RecordDict) -> Broadcast | None:
-        """The broadcast of a message; None if it leaves out what is not held here any more."""
-        if kind == "evaluate":
-            return unpack_broadcast(from_records(content), {}, {})
-        store: dict[str, Tensor] = {}
-        try:
-            broadcast = unpack_broadcast(from_records(content), self._held.get(client, {}), store)
-        except LookupError:
-            return None
-        if self.holds:
-            self._held[client] = {digest: self._known.setdefault(digest, tensor) for digest, tensor in store.items()}
-        return broadcast
+
+def site_of(setting: Setting, memory: Memory, *, known: Mapping[str, Any] | None = None, holds: bool = True) -> Site:
+    """The site of a run's setting, as its config says."""
+    config = setting.config
+    codec, feedback = codec_of(config)
+    held = Held(downlink_of(config), config.seed, keeps=holds)
+    return Site(setting, strategy_of(config), codec, memory, known=known or {}, feedback=feedback, held=held)
 
 
 def lane_on_gpu(overrides: Sequence[str], memory: Path, known: Mapping[str, Any], lane: int) -> Callable[[Order], list[Answer]]:
@@ -234,7 +251,7 @@ def lane_on_gpu(overrides: Sequence[str], memory: Path, known: Mapping[str, Any]
     config = load(overrides)
     if torch.cuda.is_available():
         config = replace(config, run=replace(config.run, device=f"cuda:{lane % torch.cuda.device_count()}"))
-    return Site(open_setting(config), strategy_of(config), build(config.codec), Memory(memory, replies=False), known=known).work
+    return site_of(open_setting(config), Memory(memory, replies=False), known=known).work
 
 
 def serve(site: Site, clients: Mapping[int, int], lanes: Lanes | None = None) -> Callable[[Sequence[Message]], Iterator[Message]]:
@@ -293,7 +310,7 @@ def _site(overrides: str, run: int) -> Site:
     """The site of this process for one run of Flower's own engine, whose processes come and go: nothing is held between messages."""
     config = load(shlex.split(overrides))
     folder = Path(config.run.dir) if config.run.dir else Path(tempfile.gettempdir()) / f"fedpeft-{run}"
-    return Site(open_setting(config), strategy_of(config), build(config.codec), Memory(folder / "memory"), holds=False)
+    return site_of(open_setting(config), Memory(folder / "memory"), holds=False)
 
 
 def _answer(message: Message, context: Context) -> Message:

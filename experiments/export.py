@@ -25,7 +25,8 @@ def export_run(run_dir: Path, to: Path, *, rank: int | None, merge: bool) -> str
     setting, strategy = open_setting(config), strategy_of(config)
     found = checkpoint.read(saved[-1], known_classes(strategy.init(setting.starts())))
     name = strategy.phase(found.round).adapter
-    sent = strategy.broadcast(found.state, found.round, None)
+    state, _ = found.state
+    sent = strategy.broadcast(state, found.round, None)
     error = export_as(setting, name, sent, to, rank=rank, merge=merge)
     if not merge:
         facts = found.facts

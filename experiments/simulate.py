@@ -8,13 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from clients.app import Site, lane_on_gpu, serve
+from clients.app import Site, lane_on_gpu, serve, site_of
 from clients.lanes import Lanes
 from clients.memory import Memory
 from fedpeft import checkpoint
-from fedpeft.config import Config, ConfigError, build, load
+from fedpeft.config import Config, ConfigError, load
 from fedpeft.data.partition import describe, histogram
-from fedpeft.setting import Setting, open_setting, strategy_of
+from fedpeft.setting import Setting, open_setting
 from fedpeft.simulation import InProcessGrid
 from server.app import Outcome, federate
 from server.folder import Folder, create, reopen
@@ -60,7 +60,7 @@ def simulate(overrides: Sequence[str], *, resume: Path | None = None, watch: Wat
 
 def _baseline(overrides: Sequence[str], setting: Setting, folder: Folder, watch: Watch) -> Outcome:
     """The same federation with only the head trained, by plain FedAvg."""
-    own = ("strategy", "adapter", "codec", "privacy", "select", "mean", "devices", "run.dir")
+    own = ("strategy", "adapter", "codec", "downlink", "privacy", "select", "mean", "devices", "run.dir")
     kept = [text for text in overrides if not text.startswith(own)]
     kept += ["strategy=fedavg", "adapter=head", "evaluate.head_only=false"]
     config, place = load(kept), folder.path / BASELINE
@@ -79,7 +79,7 @@ def _unused(strategy: str) -> Path:
 def _drive(what: str, config: Config, setting: Setting, folder: Folder, watch: Watch) -> Outcome:
     known: dict[str, Any] = folder.manifest()["measured"]
     memory = Memory(folder.path / "memory", replies=False)
-    site = Site(setting, strategy_of(config), build(config.codec), memory, known=known)
+    site = site_of(setting, memory, known=known)
     measured = site.prepare(_next_round(folder, config))
     if not known:
         folder.note({"measured": measured})

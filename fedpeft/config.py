@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 
 from fedpeft.devices import devices
 
-FAMILIES = ("strategy", "adapter", "model", "data", "codec", "privacy", "select", "mean")
+FAMILIES = ("strategy", "adapter", "model", "data", "codec", "downlink", "privacy", "select", "mean")
 PACKAGES = ("fedpeft", "strategies")  # what a preset's _target_ may name
 Spec = Mapping[str, Any]
 WORDS: Mapping[type, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
@@ -95,6 +95,7 @@ class Config:
     model: Spec
     data: Spec
     codec: Spec
+    downlink: Spec
     privacy: Spec
     select: Spec
     mean: Spec

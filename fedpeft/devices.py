@@ -4,6 +4,7 @@
 a share of the clients or to `clients: [0, 5, 7]`.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +27,7 @@ def devices(spec: Any, *, clients: int, seed: int) -> tuple[Device, ...] | None:
     if isinstance(spec, Mapping) and spec:
         return _classes(spec, clients, seed)
     if isinstance(spec, Sequence) and not isinstance(spec, str) and spec:
-        turn = [_device({"rank": rank}, f"devices[{i}]") for i, rank in enumerate(spec)]
+        turn = [Device(_rank(rank, f"devices[{i}]")) for i, rank in enumerate(spec)]
         return tuple(turn[client % len(turn)] for client in range(clients))
     raise ValueError(f"devices={spec}: needed is null, a list of ranks as [2,4,8], or classes as {{phone: {{rank: 2, share: 0.7}}, ...}}")
 
@@ -52,6 +53,8 @@ def _classes(spec: Mapping[str, Any], clients: int, seed: int) -> tuple[Device, 
         raise ValueError(f"devices: client {rest[0]} and {len(rest) - 1} more are in no class; give one class a share")
     if shared and whole > 1 + 1e-9:
         raise ValueError(f"devices: the shares add up to {whole:g}, needed is at most 1")
+    if shared and (missing := len(rest) - whole * clients) > 0.5 + 1e-9:
+        raise ValueError(f"devices: the shares add up to {whole:g}, which leaves about {missing:.0f} clients in no class; raise a share")
     from fedpeft import seeds  # it loads torch, which reading a config should not
 
     order = seeds.numpy_generator(seed, purpose="devices").permutation(len(rest))
@@ -65,13 +68,17 @@ def _classes(spec: Mapping[str, Any], clients: int, seed: int) -> tuple[Device, 
 
 
 def _device(fields: Mapping[str, Any], at: str) -> Device:
-    rank, alpha = fields.get("rank"), fields.get("alpha")
-    if type(rank) is not int or rank < 1:
-        raise ValueError(f"{at}.rank={rank}: needed is a whole number of at least 1")
+    rank, alpha = _rank(fields.get("rank"), f"{at}.rank"), fields.get("alpha")
     return Device(rank, None if alpha is None else _positive(alpha, f"{at}.alpha", "a number more than 0"))
 
 
+def _rank(value: Any, at: str) -> int:
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{at}={value}: needed is a whole number of at least 1")
+    return value
+
+
 def _positive(value: Any, at: str, needed: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not (value > 0 and math.isfinite(value)):
         raise ValueError(f"{at}={value}: needed is {needed}")
     return float(value)

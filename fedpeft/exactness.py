@@ -15,15 +15,15 @@ from torch import Tensor
 from fedpeft.lowrank import LowRank, product
 from fedpeft.messages import Broadcast, Update
 from fedpeft.strategy import Phase
-from fedpeft.tensors import Tensors, targets
+from fedpeft.tensors import Tensors, is_own, targets
 
 BOUND = 512  # ranks that a fold of factors holds; a layer that is no larger is summed exactly
 
 
 @dataclass(frozen=True)
 class Gap:
-    """Relative Frobenius error and cosine against the true mean; None where there is none. `dropped` is the relative norm that a fold of
-    more than `BOUND` ranks left out, and so how far off the error may be."""
+    """Relative Frobenius error and cosine against the true mean; None where there is none. `dropped` bounds the relative norm that folds of
+    more than `BOUND` ranks left out: the true error lies from (error - dropped) / (1 + dropped) to (error + dropped) / (1 - dropped)."""
 
     error: float | None
     cosine: float | None
@@ -32,7 +32,9 @@ class Gap:
 
     def entry(self) -> dict[str, object]:
         """As the ledger keeps it."""
-        return {"error": self.error, "cosine": self.cosine, "dropped": self.dropped, "layers": dict(self.layers)}
+        layers = {name: None if pair is None or not math.isfinite(pair[0]) else pair for name, pair in self.layers.items()}
+        error = self.error if self.error is None or math.isfinite(self.error) else None  # nothing to be relative to
+        return {"error": error, "cosine": self.cosine, "dropped": self.dropped, "layers": layers}
 
 
 class Meter:
@@ -43,7 +45,7 @@ class Meter:
         self.seconds = 0.0  # that measuring took
         self._layers: dict[str, bool] = {}  # layer -> whether its product is known to the server
         if phase.work == "train" and same_adapter:
-            for layer in targets(before.tensors):
+            for layer in targets(name for name in before.tensors if not is_own(name)):
                 parts = [f"{layer}.{part}" for part in "ABRH" if f"{layer}.{part}" in before.tensors]
                 self._layers[layer] = all(phase.shares(name) or not (phase.trains(name) or phase.keeps(name)) for name in parts)
 
@@ -69,7 +71,7 @@ class Meter:
         far, true, made, dot = (sum(row[i] for row in found.values()) for i in range(4))
         layers = {name: _ratios(*found[name]) if known else None for name, known in self._layers.items()}
         error, cosine = _ratios(far, true, made, dot)
-        lost = math.sqrt(sum(total.lost for total in self._sums.values())) / self._weight
+        lost = math.hypot(*(total.lost for total in self._sums.values())) / self._weight
         self.seconds += time.perf_counter() - began
         return Gap(error, cosine, lost / math.sqrt(true) if true else 0.0, layers)
 
@@ -94,7 +96,7 @@ class _Sum:
     def __init__(self, m: int, n: int) -> None:
         self._shape, self._parts, self._rank = (m, n), list[LowRank](), 0
         self._dense: Tensor | None = None
-        self.lost = 0.0  # squared norm of what was cut off
+        self.lost = 0.0  # norm of what was cut off, at most: each cut's added up, for they may lie in one direction
 
     def add(self, weight: float, part: LowRank) -> None:
         B, A = weight * part.B.double(), part.A.double()
@@ -102,7 +104,7 @@ class _Sum:
             if min(self._shape) <= BOUND:
                 self._dense = sum((kept.dense() for kept in self._parts), torch.zeros(self._shape, dtype=torch.float64))
                 self._parts = []
-            else:
+            elif self._parts:
                 self._cut()
         if self._dense is not None:
             self._dense.addmm_(B, A)
@@ -128,7 +130,7 @@ class _Sum:
     def _cut(self) -> None:
         whole = _stack([(1.0, part) for part in self._parts])
         kept = whole.truncate(BOUND // 2)
-        self.lost += max(whole.norm() ** 2 - kept.norm() ** 2, 0.0)
+        self.lost += math.sqrt(max(whole.norm() ** 2 - kept.norm() ** 2, 0.0))
         self._parts, self._rank = [kept], kept.rank
 
 

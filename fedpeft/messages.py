@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -48,13 +48,20 @@ def proportions(updates: Iterable[Update]) -> list[tuple[float, Update]]:
     return [(update.weight / whole, update) for update in held]
 
 
-@lru_cache(maxsize=32)
+_SIZED: WeakKeyDictionary[Broadcast, dict[int, Broadcast]] = WeakKeyDictionary()
+
+
 def sized(model: Broadcast, rank: int | None) -> Broadcast:
     """`model` with every pair cut to its first `rank` columns; None: as it is.
 
-    The same object for the same question, so that it is packed once for all clients of one rank.
+    The same object for the same question as long as the model lives, so that it is packed once for all clients of one rank.
     """
-    return model if rank is None else replace(model, tensors=cut(model.tensors, rank))
+    if rank is None:
+        return model
+    cuts = _SIZED.setdefault(model, {})
+    if rank not in cuts:
+        cuts[rank] = replace(model, tensors=cut(model.tensors, rank))
+    return cuts[rank]
 
 
 def checked(update: Update, sent: Broadcast, shares: Names, *, equal: bool) -> Update:

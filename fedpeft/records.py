@@ -5,12 +5,14 @@ A tensor that the receiver already holds (same digest as in the broadcast it ans
 
 import hashlib
 import json
-from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
+from fedpeft import seeds
 from fedpeft.codecs.base import Codec, Layout, Payload, Spec, header, layout, parse
 from fedpeft.codecs.raw import Raw, raw_bytes
 from fedpeft.lowrank import LowRank
@@ -28,6 +30,7 @@ class Packed:
     payload: Payload
     digests: frozenset[str]
     digest: str
+    facts: Mapping[str, int] = field(default_factory=dict)  # that stand beside it in the message
 
 
 class Packer:
@@ -48,6 +51,12 @@ class Packer:
             digests = frozenset(digest for _, digest, _ in rows.values())
             self._packed[key] = Packed(Payload(json.dumps(head, separators=(",", ":")), data), digests, whole)
         return self._packed[key]
+
+    def store(self, broadcast: Broadcast) -> tuple[str, dict[str, torch.Tensor]]:
+        """(digest of the whole, digest -> tensor): what a receiver of it holds."""
+        _, rows, whole = self._rows(broadcast)
+        tensors = _flat(broadcast)
+        return whole, {digest: tensors[name] for name, (_, digest, _) in rows.items()}
 
     def _rows(self, broadcast: Broadcast) -> tuple[Broadcast, dict[str, tuple[Spec, str, bytes]], str]:
         if id(broadcast) not in self._tensors:  # the broadcast is kept too, so that its id stays its own
@@ -77,16 +86,67 @@ def unpack_broadcast(payload: Payload, held: Mapping[str, torch.Tensor], store: 
     return _nested(tensors)
 
 
-def pack_update(update: Update, sent: Broadcast, codec: Codec) -> Payload:
-    """The update's tensors through `codec`: differences from what was sent if it is lossy, else values."""
-    tensors = update.tensors if codec.lossless else difference(update.tensors, sent.tensors)
-    return Payload(header(layout(tensors)), codec.encode(tensors))
+def pack_changes(changes: Sequence[bytes]) -> Payload:
+    """Encoded changes of one model, oldest first; names and shapes are those of the model."""
+    return Payload(json.dumps([len(change) for change in changes]), b"".join(changes))
 
 
-def unpack_update(payload: Payload, facts: Mapping[str, float], client: int, sent: Broadcast, codec: Codec) -> Update:
-    """The update of `client`. The bytes are hostile: `ValueError` unless header and data fit one another."""
+def unpack_changes(payload: Payload) -> list[bytes]:
+    """The inverse; `ValueError` unless header and data fit one another."""
+    sizes = _json(payload.header)
+    if not isinstance(sizes, list) or any(type(size) is not int or size < 0 for size in sizes) or sum(sizes) != len(payload.data):
+        raise ValueError(f"the changes' header {payload.header[:80]} does not describe {len(payload.data)} bytes")
+    ends = list(accumulate(sizes))
+    return [payload.data[end - size : end] for end, size in zip(ends, sizes, strict=True)]
+
+
+def changed(model: Broadcast, change: bytes, codec: Codec, seed: int) -> Broadcast:
+    """The model after one change of the way down: the same bits at server and client."""
+    return Broadcast(restored(codec.decode(change, layout(model.tensors), seed=seed), model.tensors))
+
+
+def draw_down(run: int, version: int) -> int:
+    """The seed of a change's codec, in the run with seed `run`."""
+    return seeds.seed(run, round=version, purpose="downlink")
+
+
+def draw_up(run: int, round: int, client: int) -> int:
+    """The seed of an update's codec."""
+    return seeds.seed(run, round=round, client=client, purpose="uplink")
+
+
+def pack_update(update: Update, sent: Broadcast, codec: Codec, *, seed: int = 0, owed: Tensors | None = None) -> tuple[Payload, Tensors]:
+    """The update's tensors through `codec`, and what the receiver will lack: differences from what was sent if it is lossy, else values.
+
+    `owed` is what was left out before (error feedback, Seide et al., Interspeech 2014): it is added to the differences of the same shape.
+    With None nothing is added and what is lacking is not worked out. `seed` must be known to the receiver too.
+    """
+    if codec.lossless:
+        return Payload(header(layout(update.tensors)), codec.encode(update.tensors, seed=seed)), {}
+    steps = difference(update.tensors, sent.tensors)
+    for name, more in (owed or {}).items():
+        if name in steps and _moves(name, more, sent.tensors) and steps[name].shape == more.shape:
+            steps[name] = steps[name] + more
+    data = codec.encode(steps, seed=seed)
+    payload = Payload(header(layout(steps)), data)
+    if owed is None:
+        return payload, {}
+    said = codec.decode(data, layout(steps), seed=seed)
+    return payload, {name: step - said[name] for name, step in steps.items() if _moves(name, step, sent.tensors)}
+
+
+def unpack_update(
+    payload: Payload, facts: Mapping[str, float], client: int, sent: Broadcast, codec: Codec, *, seed: int = 0
+) -> Update:  # fmt: skip
+    """The update of `client`. The bytes are hostile: `ValueError` unless header and data fit one another and what was sent."""
     specs: Layout = parse(_json(payload.header))
-    tensors = codec.decode(payload.data, specs)
+    for spec in () if codec.lossless else specs:  # before anything is decoded: a lossy codec's few bytes can stand for many entries
+        like = sent.tensors.get(spec.name)
+        if like is None:
+            raise ValueError(f"its layout names {spec.name}, which was not sent to it")
+        if len(spec.shape) != like.dim() or any(a > b for a, b in zip(spec.shape, like.shape, strict=True)):
+            raise ValueError(f"its layout says {spec.name} is {spec.shape}, sent was {tuple(like.shape)}")
+    tensors = codec.decode(payload.data, specs, seed=seed)
     metrics = {name: value for name, value in facts.items() if name != "weight"}
     values = tensors if codec.lossless else restored(tensors, sent.tensors)
     return Update(client, values, float(facts["weight"]), metrics)

@@ -4,7 +4,7 @@ import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from fedpeft import seeds
 from fedpeft.adapters.base import Adapted, Adapter
 from fedpeft.aggregate import weighted_mean
+from fedpeft.codecs.base import Codec
 from fedpeft.config import Config, ConfigError, app_folder, build, load, presets_of
 from fedpeft.data.partition import Split, partition
 from fedpeft.data.table import Dataset, Source
@@ -157,7 +158,11 @@ def open_setting(config: Config, *, base: Base | None = None) -> Setting:
         made = Setting(config, dataset, base, adapters, names)
         _ = made.split
         starts = made.starts()
-        check_ranks(config, strategy, strategy.init(starts))  # what cannot be says so before anything is written
+        try:
+            check_ranks(config, strategy, strategy.init(starts))  # what cannot be says so before anything is written
+        except ValueError:
+            made.off()
+            raise
         return made
     except (ValueError, FileNotFoundError, ImportError) as fault:
         raise ConfigError(str(fault)) from fault
@@ -174,21 +179,36 @@ def strategy_of(config: Config) -> Strategy[Any]:
     return made
 
 
+def codec_of(config: Config) -> tuple[Codec, bool]:
+    """The codec of the way up, and whether what it leaves out is added to the next update (`codec.feedback`)."""
+    made: Codec = build(config.codec, leaves_out=("feedback",))
+    return made, bool(config.codec.get("feedback", False)) and not made.lossless
+
+
+def downlink_of(config: Config) -> Codec:
+    """The codec of the way down."""
+    made: Codec = build(config.downlink)
+    return made
+
+
 def check_ranks(config: Config, strategy: Strategy[Any], state: Any) -> None:
     """Raises `ValueError` if clients' ranks differ and the strategy sends them another than theirs."""
     each = devices(config.devices, clients=config.clients, seed=config.seed)
     if each is None:
         return
+    first = strategy.phase(0).adapter
     for client in {one.rank: client for client, one in reversed(list(enumerate(each)))}.values():
         sent = rank_of(strategy.broadcast(state, 0, client).tensors)
-        if sent > each[client].rank:
+        if first != "main" or sent > each[client].rank:
+            what = f"sends it rank {sent}" if first == "main" else f"trains an adapter of its own ({first})"
             raise ValueError(
-                f"client {client} has a device of rank {each[client].rank}, strategy={config.choices['strategy']} sends it rank {sent}: it "
-                f"cannot mix ranks. Those that can: {', '.join(_that_mix(config))}"
+                f"client {client} has a device of rank {each[client].rank}, strategy={config.choices['strategy']} {what}: it "
+                f"cannot mix ranks. Those that can: {', '.join(_that_mix())}"
             )
 
 
-def _that_mix(config: Config) -> list[str]:
+@lru_cache(maxsize=1)
+def _that_mix() -> list[str]:
     """The strategies whose presets cut what they send to a client's rank."""
     found = []
     probe = {"q.A": torch.zeros(4, 8), "q.B": torch.zeros(8, 4)}
@@ -207,10 +227,12 @@ def _built(config: Config) -> tuple[Source, ModelSource, Adapter, Strategy[Any]]
     """Sources of data and model, adapter, strategy; a preset of any family that refuses its fields is reported together with all others."""
     faults: list[str] = []
     made: dict[str, Any] = {}
-    for family in ("data", "model", "adapter", "strategy", "codec", "select", "mean"):
+    for family in ("data", "model", "adapter", "strategy", "codec", "downlink", "select", "mean"):
         try:
             spec = getattr(config, family)
-            made[family] = strategy_of(config) if family == "strategy" else build(spec, leaves_out=("partition", "min_examples"))
+            made[family] = (
+                strategy_of(config) if family == "strategy" else build(spec, leaves_out=("partition", "min_examples", "feedback"))
+            )
         except ConfigError as fault:
             faults.append(f"{family}={config.choices[family]}: {fault}")
     if faults:

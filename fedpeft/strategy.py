@@ -62,7 +62,8 @@ class Phase:
     laid over its next broadcast. `work="gradient"` is one full-batch SGD step at rate 1, so that the change is minus the gradient.
     `loss(now, start)` is a term added to the training loss; `finish(now, start, steps)` makes the tensors that are shared or kept.
     Both are pure and see tensors, never data. With `rates`, `start` also has `rate/<name>` for every tensor: how far a step of plain SGD
-    moves it per unit of gradient, in boundary values.
+    moves it per unit of gradient, in boundary values. `carries` is False where the server makes factors anew: what a lossy codec left out
+    of one round's difference means nothing in the next.
     """
 
     adapter: str = "main"  # "main" is the run's `adapter=` choice; another name is a key of the strategy's `adapters`
@@ -71,6 +72,7 @@ class Phase:
     keeps: Names = nothing
     work: Literal["train", "gradient"] = "train"
     rates: bool = False
+    carries: bool = True
     loss: Callable[[Tensors, Tensors], Tensor] | None = None
     finish: Callable[[Tensors, Tensors, int], Tensors] | None = None
 

@@ -16,7 +16,7 @@ from fedpeft.config import Config, ConfigError, build, load, shown
 from fedpeft.ledger import write_text
 from fedpeft.lowrank import LowRank
 from fedpeft.messages import Broadcast
-from fedpeft.setting import Setting, open_setting, strategy_of
+from fedpeft.setting import Setting, codec_of, downlink_of, open_setting, strategy_of
 from fedpeft.strategy import Strategy
 from fedpeft.tensors import is_own
 from server.card import card
@@ -26,6 +26,7 @@ from server.export import export
 from server.folder import Folder, create, reopen, versions
 from server.rounds import Round, run
 from server.sampling import fixed
+from server.stream import Stream
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,10 @@ def federate(config: Config, setting: Setting, grid: Grid, folder: Folder) -> Ge
     """
     began = time.perf_counter()
     strategy: Strategy[Any] = strategy_of(config)
-    exchange = connect(grid, build(config.codec), config.clients, deadline=config.deadline)
-    first, state, totals = _start(config, setting, strategy, folder)
+    (codec, _), down = codec_of(config), downlink_of(config)
+    stream = None if down.lossless else Stream(down, config.seed)
+    exchange = connect(grid, codec, config.clients, deadline=config.deadline, seed=config.seed, stream=stream)
+    first, state, totals = _start(config, setting, strategy, folder, stream)
     folder.ledger.rewind(first)
     draw, mean, select = fixed(config.clients, config.cohort, config.seed), build(config.mean), build(config.select)
     for done in run(
@@ -72,7 +75,9 @@ def federate(config: Config, setting: Setting, grid: Grid, folder: Folder) -> Ge
         totals, began = totals | {"seconds": totals["seconds"] + now - began}, now
         entry = _entry(done, found, evaluation, totals)
         folder.ledger.append(entry)
-        checkpoint.save(Checkpoint(done.round + 1, state, totals), folder.checkpoints, keep=config.run.keep)
+        kept = (state, None if stream is None else stream.public)
+        facts = totals if stream is None else totals | {"version": stream.version}
+        checkpoint.save(Checkpoint(done.round + 1, kept, facts), folder.checkpoints, keep=config.run.keep)
         yield entry
     last = strategy.broadcast(state, config.rounds, None)
     export(setting, strategy.phase(config.rounds).adapter, last, folder.adapter)
@@ -85,7 +90,9 @@ def federate(config: Config, setting: Setting, grid: Grid, folder: Folder) -> Ge
     )  # fmt: skip
 
 
-def _start(config: Config, setting: Setting, strategy: Strategy[Any], folder: Folder) -> tuple[int, Any, Totals]:
+def _start(
+    config: Config, setting: Setting, strategy: Strategy[Any], folder: Folder, stream: Stream | None
+) -> tuple[int, Any, Totals]:  # fmt: skip
     """(first round, state, totals): of the newest checkpoint, or of a run's beginning."""
     state = strategy.init(setting.starts())
     if saved := checkpoint.found(folder.checkpoints):
@@ -94,7 +101,11 @@ def _start(config: Config, setting: Setting, strategy: Strategy[Any], folder: Fo
             back = checkpoint.read(saved[-1], known_classes(state))
         except ValueError as fault:
             raise OSError(str(fault)) from fault
-        return back.round, back.state, dict(back.facts)
+        state, public = back.state
+        facts = dict(back.facts)
+        if stream is not None:
+            stream.resume(facts.pop("version"), public)
+        return back.round, state, facts
     folder.note({"fingerprint": setting.base.fingerprint, "data": setting.data_digest})
     before = central(setting, strategy.phase(0).adapter, strategy.broadcast(state, 0, None))
     totals = {"up": 0, "down": 0, "seconds": 0.0, "zero_shot": before.accuracy, "accuracy": before.accuracy, "loss": before.loss}
@@ -138,6 +149,9 @@ def _entry(done: Round[Any], found: Measured | None, evaluation: Traffic, totals
         "own_accuracy": None if found is None else found.own,
         "bytes_up": done.traffic.up,
         "bytes_down": done.traffic.down,
+        "bytes_raw_up": done.traffic.raw_up,
+        "bytes_raw_down": done.traffic.raw_down,
+        "bytes_by_client": {str(client): list(both) for client, both in done.traffic.clients.items()},
         "bytes_evaluation": evaluation.up + evaluation.down,
         "total_up": totals["up"],
         "total_down": totals["down"],

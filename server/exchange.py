@@ -5,7 +5,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
@@ -13,7 +13,9 @@ from flwr.serverapp import Grid
 from fedpeft.codecs.base import Codec
 from fedpeft.config import ConfigError
 from fedpeft.messages import MOST_EXAMPLES, Broadcast, Update
-from fedpeft.records import Packed, Packer, from_records, to_records, unpack_update
+from fedpeft.records import Packed, Packer, draw_up, from_records, pack_changes, to_records, unpack_update
+from fedpeft.tensors import nbytes
+from server.stream import Stream
 
 LONGEST = 600  # letters of a fault's reason
 QUERY_SECONDS = 600.0  # a client may load its model and data before it answers the first message
@@ -33,7 +35,16 @@ class Traffic:
 
     up: int = 0
     down: int = 0
+    raw_up: int = 0  # what the same tensors would take as they are
+    raw_down: int = 0
+    clients: dict[int, tuple[int, int]] = field(default_factory=dict)  # client -> (up, down)
     faults: list[Fault] = field(default_factory=list)
+
+    def count(self, client: int, *, up: int = 0, down: int = 0) -> None:
+        """Adds one message's payload."""
+        self.up, self.down = self.up + up, self.down + down
+        before = self.clients.get(client, (0, 0))
+        self.clients[client] = (before[0] + up, before[1] + down)
 
     def fault(self, client: int, reason: str) -> None:
         """Notes a fault; the reason may come from a client, so it is cut to a length a ledger can hold."""
@@ -48,7 +59,16 @@ class Exchange:
     codec: Codec
     nodes: Mapping[int, int]  # client -> node id
     deadline: float | None = None  # seconds
+    seed: int = 0  # the run's, for codecs that draw
+    stream: Stream | None = None  # of the way down, where it is compressed
+    _versions: dict[int, int] = field(default_factory=dict)  # client -> version of the public model it answered last
     _held: dict[int, frozenset[str]] = field(default_factory=dict)  # client -> digests of the broadcast it answered last
+
+    def prepared(self, out: Mapping[int, Broadcast]) -> dict[int, Broadcast]:
+        """What the clients will start from: `out`, or the public model where the way down is lossy."""
+        if self.stream is None or not out:
+            return dict(out)
+        return dict.fromkeys(out, self.stream.advance(out))
 
     def train(self, round: int, out: Mapping[int, Broadcast], traffic: Traffic) -> Iterator[Update]:
         """The updates of the clients in `out`, in client order, decoded one at a time; everything else is a fault in `traffic`."""
@@ -56,9 +76,12 @@ class Exchange:
             try:
                 payload = from_records(content)
                 facts = {name: float(value) for name, value in content.metric_records["metrics"].items() if isinstance(value, int | float)}
-                yield unpack_update(payload, facts, client, out[client], self.codec)
+                update = unpack_update(payload, facts, client, out[client], self.codec, seed=draw_up(self.seed, round, client))
             except (ValueError, KeyError) as fault:
                 traffic.fault(client, f"its reply cannot be read: {fault}")
+                continue
+            traffic.raw_up += nbytes(update.tensors)
+            yield update
 
     def evaluate(self, round: int, out: Mapping[int, Broadcast], traffic: Traffic) -> Iterator[tuple[int, dict[str, float]]]:
         """The local metrics of the clients in `out`, in client order."""
@@ -78,13 +101,20 @@ class Exchange:
         for attempt in range(2):  # a client that lost what it held is sent the whole, once
             held = self._held if kind == "train" else {}  # an evaluation is counted apart: it neither saves nor costs training a byte
             packed = {client: packer.pack(out[client], held.get(client, frozenset())) for client in asked}
-            traffic.down += sum(len(one.payload) for one in packed.values())
+            if kind == "train" and self.stream is not None:
+                packed = {client: self._streamed(client, one) for client, one in packed.items()}
+            for client, sending in packed.items():
+                traffic.count(client, down=len(sending.payload))
+                traffic.raw_down += nbytes(out[client].tensors) + sum(
+                    part.B.nbytes + part.A.nbytes for chunk in out[client].base_delta for part in chunk.values()
+                )
             asked = []
             for client, content in self._send(kind, round, packed, traffic):
                 facts: Mapping[str, object] = {} if content is None else content.config_records.get("facts", {})
-                traffic.up += 0 if content is None else _size(content)
+                traffic.count(client, up=0 if content is None else _size(content))
                 if facts.get("resend") and attempt == 0:
                     self._held.pop(client, None)
+                    self._versions.pop(client, None)
                     asked.append(client)
                     continue
                 if facts.get("resend"):
@@ -92,6 +122,8 @@ class Exchange:
                     content = None
                 if content is not None and kind == "train":
                     self._held[client] = packed[client].digests if facts.get("holds") else frozenset()
+                    if self.stream is not None and facts.get("holds"):
+                        self._versions[client] = self.stream.version
                 ready[client] = content
                 while turns and turns[0] in ready:
                     one = turns.popleft()
@@ -99,19 +131,31 @@ class Exchange:
                         yield one, answer
             asked.sort()
 
+    def _streamed(self, client: int, whole: Packed) -> Packed:
+        """The changes since what `client` holds, in place of the whole, if it holds a version they begin at."""
+        assert self.stream is not None
+        since = self._versions.get(client)
+        changes = self.stream.since(since)
+        facts = {"version": self.stream.version, "since": -1 if changes is None or since is None else since}
+        return replace(whole, payload=whole.payload if changes is None else pack_changes(changes), facts=facts)
+
     def _send(
         self, kind: str, round: int, packed: Mapping[int, Packed], traffic: Traffic
     ) -> Iterator[tuple[int, RecordDict | None]]:  # fmt: skip
         once: dict[int, RecordDict] = {}
         messages = []
         for client, one in packed.items():
-            if id(one) not in once:
-                once[id(one)] = to_records(one.payload, {"round": round, "digest": one.digest})
-            messages.append(Message(once[id(one)], self.nodes[client], kind, group_id=str(round)))
+            key = id(one) if not one.facts else hash((one.digest, *one.facts.values()))
+            if key not in once:
+                once[key] = to_records(one.payload, {"round": round, "digest": one.digest, **one.facts})
+            messages.append(Message(once[key], self.nodes[client], kind, group_id=str(round)))
         return _gathered(self.grid, messages, self.nodes, self.deadline, traffic)
 
 
-def connect(grid: Grid, codec: Codec, clients: int, *, deadline: float | None = None, patience: float = QUERY_SECONDS) -> Exchange:
+def connect(
+    grid: Grid, codec: Codec, clients: int, *, deadline: float | None = None, patience: float = QUERY_SECONDS, seed: int = 0,
+    stream: Stream | None = None,
+) -> Exchange:  # fmt: skip
     """Waits until nodes for all `clients` are there, asks each which client it is, and gives the exchange.
 
     Raises `ConfigError` if two nodes are the same client or a client is missing.
@@ -142,7 +186,7 @@ def connect(grid: Grid, codec: Codec, clients: int, *, deadline: float | None = 
     if missing := [client for client in range(clients) if client not in nodes]:
         why = f" (first fault: {traffic.faults[0].reason})" if traffic.faults else ""
         raise ConfigError(f"client {missing[0]} and {len(missing) - 1} more did not answer the first message{why}")
-    return Exchange(grid, codec, {client: nodes[client] for client in range(clients)}, deadline)
+    return Exchange(grid, codec, {client: nodes[client] for client in range(clients)}, deadline, seed, stream)
 
 
 def _metrics(content: RecordDict) -> Mapping[str, object]:

@@ -222,7 +222,8 @@ class FlowerStrategy(FedAvg, Generic[S]):
         """Raises what round 0 would, were its model all that comes back: a base_delta is refused before a client has worked."""
         self._lists()
         shared = only(self._broadcast(None).tensors, self.strategy.phase(0).shares)
-        after = self.strategy.aggregate(self._state, 0, [Update(0, shared, 1.0)], weighted_mean)
+        two = [Update(client, shared, 1.0) for client in (0, 1)]  # FedEx moves the base by what clients differ in
+        after = self.strategy.aggregate(self._state, 0, two, weighted_mean)
         self._theirs(self.strategy.broadcast(after, 1, None))
 
     def _broadcast(self, client: int | None) -> Broadcast:

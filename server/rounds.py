@@ -49,8 +49,8 @@ def run(
         for attempt in range(ATTEMPTS):
             cohort = draw(round, attempt)
             meter = Meter(strategy.phase(round), strategy.broadcast(state, round, None), same_adapter=same)
-            taken = _Taken(strategy, state, round, cohort, exchange, traffic, min_clients, weights == "uniform")
             try:
+                taken = _Taken(strategy, state, round, cohort, exchange, traffic, min_clients, weights == "uniform")
                 state = strategy.aggregate(state, round, meter.watch(select(iter(taken), taken.sent), taken.sent), mean)
             except _TooFew:
                 continue
@@ -77,7 +77,7 @@ class _Taken:
     ) -> None:  # fmt: skip
         self._alike = alike  # every client counts once
         self.count, self._needed, self._loss, self._weight = 0, needed, 0.0, 0.0
-        self._out = {client: strategy.broadcast(state, round, client) for client in cohort.clients}
+        self._out = exchange.prepared({client: strategy.broadcast(state, round, client) for client in cohort.clients})
         self._phase = strategy.phase(round)
         self._equal = strategy.mean_only or self._phase.finish is None  # else a client's rank is what it was sent
         self._round, self._exchange, self._traffic = round, exchange, traffic

@@ -5,6 +5,7 @@ https://arxiv.org/abs/2502.15436. Start as in LoRA-SB, Ponkshe et al., 2024, htt
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,6 +22,7 @@ from fedpeft.lowrank import LowRank, nearest, pair
 from fedpeft.messages import Broadcast, Update
 from fedpeft.strategy import Adapters, Federation, Phase
 from fedpeft.tensors import Tensors, is_a, is_b, is_factor, is_own, not_factor, targets
+from strategies.fedavg import borrowed
 
 Start = Literal["xs", "gradient", "sign"]
 PRINT = "fed_sb/print"  # fingerprint of B and A
@@ -72,19 +74,19 @@ class FedSB:
         return State(_sealed(self._begun(tensors, state.core)), {})
 
     def _begun(self, tensors: Tensors, core: Tensors) -> Tensors:
-        """B and A from the leading singular vectors of the step that clients would take, R = step * S / S_max or, for signs, S itself."""
-        made = dict(core) | {name: t for name, t in tensors.items() if name in core}
+        """B and A from the leading singular vectors of the step that clients would take, R = step * S / S_max or, for signs, step * S."""
+        made = dict(core) | {name: t for name, t in tensors.items() if name in core and not_factor(name)}
         for layer in targets(core):
             (m, r), n = core[f"{layer}.B"].shape, core[f"{layer}.A"].shape[1]
             if self.start == "sign":
-                best = nearest(self.step * tensors[f"{layer}.values"].double().view(m, n).sign(), r)
+                best = nearest(tensors[f"{layer}.values"].double().view(m, n).sign(), r)
             else:
                 sketch = pair(tensors, layer)
                 best = LowRank(sketch.B.double(), sketch.A.double()).truncate(r)
             sizes = best.B.norm(dim=0)
             if not bool(sizes.min() > 0):  # no gradient, or one of lower rank: singular vectors of the weight serve as well
                 continue
-            top = sizes if self.start == "sign" else self.step * sizes / sizes[0]
+            top = self.step * (sizes if self.start == "sign" else sizes / sizes[0])
             kind = core[f"{layer}.A"].dtype
             parts = {"B": best.B / sizes, "A": best.A, "R": torch.diag(top)}
             made |= {f"{layer}.{part}": t.to(kind) for part, t in parts.items()}
@@ -92,7 +94,10 @@ class FedSB:
 
 
 def fed_sb(run: Federation, start: Start = "xs", rank: int | None = None, step: float | None = None) -> FedSB:
-    """`rank` None: four times the run's LoRA rank, or the most a layer has. `step` None: 0 (R starts at zero); for signs lr / all steps."""
+    """`rank` None: four times the run's LoRA rank, or the most a layer has. `step` None: 0 (R starts at zero); for signs lr / all steps.
+
+    A run of epochs, whose steps nobody knows, counts one a round.
+    """
     before = {"xs": 0, "gradient": 2, "sign": 1}.get(start)
     if before is None:
         raise ValueError(f"strategy.start={start}: needed is xs, gradient or sign")
@@ -100,6 +105,12 @@ def fed_sb(run: Federation, start: Start = "xs", rank: int | None = None, step: 
         raise ValueError(
             f"strategy.start={start} takes {before} rounds of gradients, rounds={run.rounds} leaves none to train; raise rounds"
         )
+    if rank is not None and rank < 1:
+        raise ValueError(f"strategy.rank={rank}: needed is at least 1, or null for four times adapter.rank")
+    if step is not None and not 0 <= step < math.inf:
+        raise ValueError(f"strategy.step={step}: needed is at least 0, or null")
+    if step and start == "xs":
+        raise ValueError(f"strategy.step={step}: strategy.start=xs takes no gradient to step along; set strategy.start=gradient")
     if step is None:
         step = run.lr / (run.rounds * (run.steps or 1)) if start == "sign" else 0.0
     train = Phase("core", trains=_moves, shares=_moves, finish=same_basis)
@@ -145,8 +156,7 @@ def _is_value(name: str) -> bool:
 def _core(rank: int | None, main: Any) -> LoraSB:
     if isinstance(main, LoraSB):
         return replace(main, start="xs", rank=rank or main.rank)
-    if not isinstance(main, Lora):
-        raise ValueError("strategy=fed_sb takes rank and targets of a low-rank adapter; choose adapter=lora or adapter=lora_sb")
+    borrowed(main, "fed_sb")
     return LoraSB(rank or 4 * main.rank, main.targets, "xs", capped=rank is None)
 
 

@@ -6,11 +6,31 @@ Zhang et al., Towards Building the Federated GPT: Federated Instruction Tuning, 
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from fedpeft.aggregate import Mean
-from fedpeft.messages import Broadcast, Update
-from fedpeft.strategy import Adapters, Phase, always
+from fedpeft.messages import Broadcast, Update, sized
+from fedpeft.strategy import Adapters, Federation, Phase, always
 from fedpeft.tensors import Tensors, not_factor, targets
+
+
+def plain(adapter: Tensors) -> Tensors:
+    """The adapter, if each of its pairs is the product B A. Raises `ValueError` if it has none, or a core between B and A."""
+    if not targets(adapter):
+        raise ValueError("this strategy treats the factors of low-rank pairs differently, the adapter has none; choose adapter=lora")
+    if any(name.endswith((".R", ".H")) for name in adapter):
+        raise ValueError("this strategy works on products B A, the adapter has a core between B and A; choose adapter=lora")
+    return adapter
+
+
+def borrowed(main: Any, strategy: str) -> Any:
+    """The run's low-rank adapter, of whose fields the strategy's own takes rank and targets. Raises `ValueError` for what would be lost."""
+    if not hasattr(main, "rank") or not hasattr(main, "targets"):
+        raise ValueError(f"strategy={strategy} takes rank and targets of a low-rank adapter, the run's has none; choose adapter=lora")
+    for name in ("dropout", "dora", "rank_pattern"):
+        if value := getattr(main, name, None):
+            raise ValueError(f"adapter.{name}={value}: strategy={strategy} takes only rank and targets of the adapter; leave it out")
+    return main
 
 
 def beside(state: Broadcast, parts: Iterable[tuple[float, Update]], mean: Mean) -> Tensors:
@@ -26,17 +46,15 @@ class FedAvg:
 
     phase: Callable[[int], Phase] = always(Phase())
     adapters: Adapters = field(default_factory=dict)
-    low_rank: bool = False  # True: refuses an adapter that has no low-rank pairs
+    low_rank: bool = False  # True: refuses an adapter that is not made of products B A
     mean_only = True  # no annotation: not a field, so that no config can switch it
 
     def init(self, starts: Mapping[str, Tensors]) -> Broadcast:
         """The first adapter's start."""
         adapter = starts[self.phase(0).adapter]
-        if self.low_rank and not targets(adapter):
-            raise ValueError("this strategy treats the factors of low-rank pairs differently, the adapter has none; choose adapter=lora")
         if self.low_rank and not self.mean_only and any(name.endswith(".magnitude") for name in adapter):
             raise ValueError("this strategy combines products B A, DoRA divides its own by a norm; choose adapter=lora")
-        return Broadcast(adapter)
+        return Broadcast(plain(adapter) if self.low_rank else adapter)
 
     def broadcast(self, state: Broadcast, round: int, client: int | None) -> Broadcast:
         """One object for all clients: packed and encoded once."""
@@ -45,3 +63,17 @@ class FedAvg:
     def aggregate(self, state: Broadcast, round: int, updates: Iterable[Update], mean: Mean) -> Broadcast:
         """What is not shared stays as it was."""
         return replace(state, tensors=state.tensors | mean(updates))
+
+
+@dataclass(frozen=True)
+class OfProducts(FedAvg):
+    """What methods share that combine clients' products, of any rank, and make factors anew in every round."""
+
+    run: Federation = field(default_factory=Federation)
+    phase: Callable[[int], Phase] = always(Phase(carries=False))
+    low_rank: bool = True
+    mean_only = False
+
+    def broadcast(self, state: Broadcast, round: int, client: int | None) -> Broadcast:
+        """The model, for a client cut to the first rows and columns that its device has."""
+        return sized(state, self.run.rank(client))

@@ -29,15 +29,17 @@ class FedEx(FedAvg):
     def aggregate(self, state: Broadcast, round: int, updates: Iterable[Update], mean: Mean) -> Broadcast:
         """Holds all updates: the residual is a sum over their products.
 
-        It is sum p_k (B_k - B)(A_k - A) (algorithms 0.1a), of rank (K - 1) r at most: the first of the K terms follows from the others.
+        It is sum p_k (B_k - B)(A_k - A) (algorithms 0.1a). Since the p_k (B_k - B) add up to zero, A_1 may stand for A: the term of the
+        first client vanishes, and (K - 1) r ranks are sent.
         """
         parts = proportions(updates)
         tensors = state.tensors | mean(update for _, update in parts)
         missed = {}
         for layer in targets(tensors):
-            middle = pair(tensors, layer)
-            apart = [(p, LowRank(own.B - middle.B, own.A - middle.A)) for p, update in parts for own in [pair(update.tensors, layer)]]
-            missed[layer] = total(apart) if self.residual is None else total(apart).truncate(self.residual)
+            middle, first = pair(tensors, layer), pair(parts[0][1].tensors, layer)
+            apart = [(p, LowRank(own.B - middle.B, own.A - first.A)) for p, update in parts[1:] for own in [pair(update.tensors, layer)]]
+            if apart:
+                missed[layer] = total(apart) if self.residual is None else total(apart).truncate(self.residual)
         return Broadcast(tensors, appended(state.base_delta, missed))
 
 

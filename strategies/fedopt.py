@@ -44,6 +44,12 @@ class FedOpt:
     def __post_init__(self) -> None:
         if self.optimizer not in ("momentum", "adam", "yogi"):
             raise ValueError(f"strategy.optimizer={self.optimizer}: needed is momentum, adam or yogi")
+        if not self.lr > 0:
+            raise ValueError(f"strategy.lr={self.lr}: needed is more than 0")
+        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
+            raise ValueError(f"strategy.beta1={self.beta1}, strategy.beta2={self.beta2}: needed are numbers in [0, 1)")
+        if not self.tau > 0:  # what no client moves has v = tau^2 alone
+            raise ValueError(f"strategy.tau={self.tau}: needed is more than 0")
 
     def init(self, starts: Mapping[str, Tensors]) -> State:
         """The first adapter's start, without moments."""

@@ -18,7 +18,7 @@ from strategies.fedavg import FedAvg
 class FedSVD(FedAvg):
     """Exact: the mean of B is the mean of the products, and B A = U S V^T goes on as B = U S, A = V^T."""
 
-    phase: Callable[[int], Phase] = always(Phase(trains=not_a, shares=not_a))
+    phase: Callable[[int], Phase] = always(Phase(trains=not_a, shares=not_a, carries=False))
     low_rank: bool = True
 
     def aggregate(self, state: Broadcast, round: int, updates: Iterable[Update], mean: Mean) -> Broadcast:

@@ -5,27 +5,19 @@ https://arxiv.org/abs/2409.05976
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from fedpeft.aggregate import Mean
 from fedpeft.lowrank import appended, fresh, pair, total
-from fedpeft.messages import Broadcast, Update, proportions, sized
+from fedpeft.messages import Broadcast, Update, proportions
 from fedpeft.strategy import Federation
 from fedpeft.tensors import targets
-from strategies.fedavg import FedAvg, beside
+from strategies.fedavg import OfProducts, beside
 
 
 @dataclass(frozen=True)
-class FLoRA(FedAvg):
+class FLoRA(OfProducts):
     """Exact: the base moves by sum p_k B_k A_k, and B starts at zero again."""
-
-    run: Federation = field(default_factory=Federation)
-    low_rank: bool = True
-    mean_only = False
-
-    def broadcast(self, state: Broadcast, round: int, client: int | None) -> Broadcast:
-        """The client's part of the fresh LoRA, and everything stacked so far."""
-        return sized(state, self.run.rank(client))
 
     def aggregate(self, state: Broadcast, round: int, updates: Iterable[Update], mean: Mean) -> Broadcast:
         """Holds all updates."""

@@ -4,32 +4,25 @@ Ramesh and Li, FLoRIST: Singular Value Thresholding for Efficient and Accurate F
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from fedpeft.aggregate import Mean
 from fedpeft.lowrank import appended, fresh, pair, total
-from fedpeft.messages import Broadcast, Update, proportions, sized
+from fedpeft.messages import Broadcast, Update, proportions
 from fedpeft.strategy import Federation
 from fedpeft.tensors import targets
-from strategies.fedavg import FedAvg, beside
+from strategies.fedavg import OfProducts, beside
 
 
 @dataclass(frozen=True)
-class FLoRIST(FedAvg):
+class FLoRIST(OfProducts):
     """Exact up to `energy`: a layer's error is at most sqrt(1 - energy) of its norm. The rank p follows, per layer and round."""
 
-    run: Federation = field(default_factory=Federation)
     energy: float = 0.99  # share of the squared singular values that is kept
-    low_rank: bool = True
-    mean_only = False
 
     def __post_init__(self) -> None:
         if not 0 < self.energy <= 1:
             raise ValueError(f"strategy.energy={self.energy}: needed is a share in (0, 1]")
-
-    def broadcast(self, state: Broadcast, round: int, client: int | None) -> Broadcast:
-        """The client's part of the fresh LoRA, and everything kept so far."""
-        return sized(state, self.run.rank(client))
 
     def aggregate(self, state: Broadcast, round: int, updates: Iterable[Update], mean: Mean) -> Broadcast:
         """Holds all updates. By QR of the stacks, which equals the paper's SVDs of both (algorithms 0.1e)."""

@@ -16,6 +16,9 @@ from fedpeft.lowrank import cut, pad, pair, rank_of
 from fedpeft.messages import Broadcast, Update, sized
 from fedpeft.strategy import Adapters, Federation, Phase, always
 from fedpeft.tensors import Tensors, targets
+from strategies.fedavg import plain
+
+NOTHING = 1e-30  # examples times this: what a zero product counts for beside any other, and beside its likes by its examples
 
 
 @dataclass(frozen=True)
@@ -43,28 +46,30 @@ class HetLoRA:
 
     def init(self, starts: Mapping[str, Tensors]) -> State:
         """The adapter's start at the server's rank."""
-        if not targets(starts["main"]):
-            raise ValueError("this strategy pads low-rank pairs, the adapter has none; choose adapter=lora")
-        return State(Broadcast(starts["main"]))
+        return State(Broadcast(plain(starts["main"])))
 
     def broadcast(self, state: State, round: int, client: int | None) -> Broadcast:
         """The first rows and columns, as many as the client has left."""
         return state.model if client is None else sized(state.model, state.ranks.get(client, self.run.rank(client)))
 
     def aggregate(self, state: State, round: int, updates: Iterable[Update], mean: Mean) -> State:
-        """Holds one update at a time, and with `rankwise` the weights of each row."""
+        """Holds one update at a time, and with `rankwise` the weights of each row.
+
+        Rows beyond the ranks that were sent out in this round stay: with zeros in both factors they could never learn again.
+        """
         model, ranks = state.model.tensors, dict(state.ranks)
-        full, seen, whole = rank_of(model), dict[str, Tensor](), 0.0
+        full, sent, seen, whole = rank_of(model), 1, dict[str, Tensor](), 0.0
 
         def padded() -> Iterable[Update]:
-            nonlocal whole
+            nonlocal sent, whole
             for update in updates:
-                if (rank := rank_of(update.tensors)) < (self.run.rank(update.client) or full):
+                had = min(state.ranks.get(update.client, self.run.rank(update.client) or full), full)
+                if (rank := rank_of(update.tensors)) < had:
                     ranks[update.client] = rank
-                weight = update.weight
-                if self.weights == "norm":  # zero products (no step was taken) leave the run's weights
+                sent, weight = max(sent, had), update.weight
+                if self.weights == "norm":
                     norm = sum(pair(update.tensors, layer).norm() ** 2 for layer in targets(update.tensors)) ** 0.5
-                    weight = norm if norm > 0 else weight
+                    weight = norm if norm > 0 else NOTHING * weight
                 whole += weight
                 for layer in targets(model):
                     rows = seen.setdefault(layer, torch.zeros(len(model[layer + ".A"]), dtype=torch.float64))
@@ -76,6 +81,9 @@ class HetLoRA:
             for layer, rows in seen.items():
                 factor = torch.where(rows > 0, whole / rows, 0.0).to(made[layer + ".A"].dtype)
                 made |= {layer + ".A": made[layer + ".A"] * factor[:, None], layer + ".B": made[layer + ".B"] * factor}
+        for layer in targets(made) if sent < full else ():
+            (a, b), (old_a, old_b) = ((tensors[layer + ".A"], tensors[layer + ".B"]) for tensors in (made, model))
+            made |= {layer + ".A": torch.cat([a[:sent], old_a[sent:]]), layer + ".B": torch.cat([b[:, :sent], old_b[:, sent:]], 1)}
         return State(Broadcast(model | made), ranks)
 
 
@@ -86,16 +94,18 @@ def hetlora(
 
     `penalty` 0 switches both off. The constants are those of a public re-implementation; the paper's own were not readable.
     """
-    if penalty < 0 or not 0 < gamma < 1:
+    if not penalty >= 0 or not 0 < gamma < 1:
         raise ValueError(f"strategy.penalty={penalty}, strategy.gamma={gamma}: needed are at least 0, and a share in (0, 1)")
 
+    def kept(tensors: Tensors) -> int:
+        return max(1, int(gamma * rank_of(tensors)))
+
     def tail(tensors: Tensors) -> Tensor:
-        keep = int(gamma * rank_of(tensors))
+        keep = kept(tensors)
         return torch.stack([tensors[t + ".B"][:, keep:].norm() * tensors[t + ".A"][keep:].norm() for t in targets(tensors)]).sum()
 
     def finish(now: Tensors, start: Tensors, steps: int) -> Tensors:
-        rank = rank_of(now)
-        return cut(now, max(1, int(gamma * rank))) if rank > 1 and float(tail(now)) < float(tail(start)) else now
+        return cut(now, kept(now)) if float(tail(now)) < float(tail(start)) else now
 
     phase = Phase(loss=lambda now, start: penalty * tail(now), finish=finish) if penalty else Phase()
     return HetLoRA(run, weights, rankwise, always(phase))

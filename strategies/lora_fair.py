@@ -17,7 +17,7 @@ from fedpeft.messages import Broadcast, Update, proportions
 from fedpeft.tensors import targets
 from strategies.fedavg import FedAvg
 
-RATE, MOST, STILL = 0.01, 1000, 1e-6  # of the server's descent: the paper's were not readable, these are ours
+RATE, MOST, STILL = 0.01, 1000, 1e-6  # of the server's descent (the rate per ||B||^2): the paper's were not readable, these are ours
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,11 @@ class LoRAFair(FedAvg):
 
 
 def _descended(C: Tensor, G: Tensor, size: float, B: Tensor, penalty: float) -> Tensor:
-    """The best D seen on the way down; the cosine's gradient in X = B + D is C / (t n) - <C, X> X G / (t n^3), n = ||X A||."""
+    """The best D seen on the way down; the cosine's gradient in X = B + D is C / (t n) - <C, X> X G / (t n^3), n = ||X A||.
+
+    It falls as 1 / ||B|| while B grows, so the rate grows as ||B||^2: one rate for all sizes would throw a small B to many times its norm.
+    """
+    rate = RATE * float(B.square().sum())
     best = D = torch.zeros_like(B)
     least = before = float("inf")
     for _ in range(MOST):
@@ -82,7 +86,7 @@ def _descended(C: Tensor, G: Tensor, size: float, B: Tensor, penalty: float) -> 
         if abs(before - value) < STILL:
             break
         before = value
-        D = D - RATE * (penalty * D / length - C / (size * n) + along / (size * n**3) * (X @ G))
+        D = D - rate * (penalty * D / length - C / (size * n) + along / (size * n**3) * (X @ G))
     return best
 
 

@@ -8,15 +8,18 @@ from typing import Any
 from fedpeft.adapters.ravan import Ravan
 from fedpeft.strategy import Phase, always
 from fedpeft.tensors import Tensors, not_factor
-from strategies.fedavg import FedAvg
+from strategies.fedavg import FedAvg, borrowed
 
 
 def ravan(rank: int | None = None, heads: int = 4) -> FedAvg:
     """Exact: sum_i B_i (mean of s_i H_i) A_i. `rank` None: heads of twice the run's LoRA rank, or the most a layer has."""
+    if rank is not None and rank < 1:
+        raise ValueError(f"strategy.rank={rank}: needed is at least 1, or null for twice adapter.rank")
+    if heads < 1:
+        raise ValueError(f"strategy.heads={heads}: needed is at least 1")
 
     def adapter(main: Any) -> Ravan:
-        if not hasattr(main, "rank") or not hasattr(main, "targets"):
-            raise ValueError("strategy=ravan takes rank and targets of a low-rank adapter; choose adapter=lora")
+        borrowed(main, "ravan")
         return Ravan(rank or 2 * main.rank, heads, main.targets, capped=rank is None)
 
     phase = Phase("heads", trains=not_factor, shares=lambda name: not_factor(name) and not name.endswith(".s"), finish=fold)

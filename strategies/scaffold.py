@@ -19,7 +19,11 @@ from strategies.fedavg import FedAvg
 
 @dataclass(frozen=True)
 class Scaffold(FedAvg):
-    """FedAvg of the model; of the variates only the share of clients that answered moves (algorithm 1, line 17)."""
+    """FedAvg of the model; of the variates only the share of clients that a round draws moves (algorithm 1, line 17).
+
+    The paper's clients all weigh the same. With other weights c is the mean of all c_i only while all take part; if a round draws some of
+    them it is so up to how their examples happen to differ, and the model ends beside the optimum (nearer than FedAvg's).
+    """
 
     share: float = 1.0  # of the clients that are drawn in a round
 

@@ -16,6 +16,7 @@ from fedpeft.lowrank import nearest, unpair
 from fedpeft.messages import Broadcast, Update
 from fedpeft.strategy import Adapters, Federation, Phase
 from fedpeft.tensors import Tensors, targets
+from strategies.fedavg import plain
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,12 @@ class SLoRA:
 
     def init(self, starts: Mapping[str, Tensors]) -> State:
         """The sparse adapter's zeros; without sparse rounds plain LoRA."""
-        if not targets(starts["main"]):
-            raise ValueError("strategy=slora ends in low-rank pairs, the adapter has none; choose adapter=lora")
-        return State(Broadcast(starts["sparse"]), starts["main"]) if self.sparse_rounds else State(Broadcast(starts["main"]), {})
+        lora = plain(starts["main"])
+        if not self.sparse_rounds:
+            return State(Broadcast(lora), {})
+        if any(name.endswith(".magnitude") for name in lora):
+            raise ValueError("strategy=slora goes on with products B A, DoRA divides its own by a norm; choose adapter=lora")
+        return State(Broadcast(starts["sparse"]), lora)
 
     def broadcast(self, state: State, round: int, client: int | None) -> Broadcast:
         """The model."""
@@ -74,7 +78,9 @@ def slora(run: Federation, density: float | None = None, share: float = 0.1, spa
     if not 0 <= share < 1:
         raise ValueError(f"strategy.share={share}: needed is a share in [0, 1)")
     many = max(1, round(share * run.rounds)) if sparse_rounds is None and share else (sparse_rounds or 0)
-    if not 0 <= many < run.rounds:
+    if many < 0:
+        raise ValueError(f"strategy.sparse_rounds={many}: needed is at least 0")
+    if many >= run.rounds:
         raise ValueError(f"strategy.sparse_rounds={many} leaves none of rounds={run.rounds} to LoRA; needed is at most {run.rounds - 1}")
     sparse, lora = Phase("sparse"), Phase()
     return SLoRA(run, many, density, lambda round: sparse if round < many else lora, {"sparse": partial(_sparse, density)})
@@ -83,4 +89,6 @@ def slora(run: Federation, density: float | None = None, share: float = 0.1, spa
 def _sparse(density: float | None, main: Any) -> Sparse:
     if not hasattr(main, "rank") or not hasattr(main, "targets"):
         raise ValueError("strategy=slora ends in low-rank pairs, the adapter has none; choose adapter=lora")
+    if density is None and getattr(main, "rank_pattern", None):
+        raise ValueError("strategy.density=null counts the values of adapter.rank, adapter.rank_pattern has others; set strategy.density")
     return Sparse(density, main.rank, main.targets)

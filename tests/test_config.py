@@ -54,7 +54,7 @@ def test_the_defaults_are_those_of_the_file_and_of_the_dataclasses(default):
     assert (default.train, default.evaluate, default.run) == (Training(), Evaluation(), Run())
     assert dict(default.choices) == {
         "strategy": "fedavg", "adapter": "lora", "model": "tiny_vit", "data": "digits", "codec": "raw", "privacy": "none",
-        "select": "all", "mean": "weighted",
+        "downlink": "raw", "select": "all", "mean": "weighted",
     }  # fmt: skip
     assert check(default) == []
     assert load([]) == default

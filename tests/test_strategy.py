@@ -36,4 +36,4 @@ def test_always_is_the_same_phase_in_every_round():
 
 def test_the_contract_has_at_most_six_members():
     assert len([name for name in vars(Strategy) if not name.startswith("_")]) == 6
-    assert len(fields(Phase)) == 8
+    assert len(fields(Phase)) == 9

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import peft
+import torch
 from torch import nn
 
 from fedpeft.adapters.base import Adapted, layer
@@ -18,6 +19,7 @@ from fedpeft.adapters.dropout import KeyedDropout, Keys
 from fedpeft.adapters.injected import NAME, attach, heads
 from fedpeft.adapters.wrapped import linear, sides
 from fedpeft.models.base import Base
+from fedpeft.seeds import generator
 from fedpeft.tensors import targets
 
 PARTS = {
@@ -70,12 +72,23 @@ class Lora:
         except ValueError:
             adapted.undo()
             raise
+        _start_embeddings(base.module, adapted.parameters, seed)
         adapted.set_scale = partial(_rescale, base.module)
         if not self.dora:  # its magnitudes divide by a norm of the whole weight: no plain product
             adapted.products = frozenset(targets(adapted.parameters))
         if self.dropout:
             adapted.dropout = _keyed(base.module, sorted(adapted.products), self.dropout)
         return adapted
+
+
+@torch.no_grad()
+def _start_embeddings(module: nn.Module, parameters: Mapping[str, nn.Parameter], seed: int) -> None:
+    """A random and B zero on embeddings too, where peft has them the other way: methods that freeze A would never move such a layer."""
+    for path in targets(parameters):
+        if isinstance(layer(module, path), nn.Embedding):
+            a, b = parameters[f"{path}.A"], parameters[f"{path}.B"]
+            a.copy_(torch.randn(a.shape, generator=generator(seed, purpose=f"adapter {path}")))
+            b.zero_()
 
 
 def _keyed(module: nn.Module, layers: list[str], rate: float) -> Keys:

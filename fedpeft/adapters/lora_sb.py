@@ -47,9 +47,8 @@ def _leading(inner: nn.Module, rank: int, seed: int) -> tuple[Tensor, Tensor]:
     """The leading left (m, r) and right (r, n) singular vectors of the frozen weight, float64; signs fixed."""
     weight = inner.weight
     assert isinstance(weight, Tensor)
-    best = nearest(weight.T if is_transposed(inner) else weight, rank, seed=seed)
-    B = best.B.double()
-    return B / B.norm(dim=0), best.A.double()
+    left, _, right = nearest(weight.T if is_transposed(inner) else weight, rank, seed=seed).svd()  # a weight of lower rank has them too
+    return left, right
 
 
 class _Core(nn.Module):

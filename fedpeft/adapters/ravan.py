@@ -33,6 +33,11 @@ class Ravan:
 
         def make(path: str, inner: nn.Module) -> nn.Module:
             most = min(sides(inner)) // self.heads
+            if not most:
+                raise ValueError(
+                    f"strategy.heads={self.heads} are more than the layer {path} has ranks ({' x '.join(map(str, sides(inner)))}); "
+                    f"needed is at most {min(sides(inner))}"
+                )
             rank = fitting(self.rank, inner, path, capped=self.capped, field="strategy.rank", most=most)
             return _Heads(inner, *orthonormal(*sides(inner), self.heads * rank, rng), self.heads)
 

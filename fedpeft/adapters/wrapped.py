@@ -32,12 +32,12 @@ def linear(base: Base, targets: str | tuple[str, ...] | None) -> dict[str, nn.Mo
         if not targets:
             raise ValueError(f"adapter.targets=null: peft has no choice for a {kind}; set adapter.targets=all-linear")
     found: dict[str, nn.Module] = {}
+    pattern = isinstance(targets, str)
     for target in (targets,) if isinstance(targets, str) else targets:
-        fits = {path: inner for path, inner in there.items() if f".{path}".endswith(f".{target}")}
-        if not fits and isinstance(targets, str):
-            fits = {path: inner for path, inner in there.items() if re.fullmatch(target, path)}
+        fits = {p: inner for p, inner in there.items() if (re.fullmatch(target, p) if pattern else f".{p}".endswith(f".{target}"))}
         if not fits:
-            raise ValueError(f"adapter.targets: no layer's name ends in {target}; there are {', '.join(there)}")
+            verb = "whole name fits" if pattern else "name ends in"
+            raise ValueError(f"adapter.targets: no layer's {verb} {target}; there are {', '.join(there)}")
         found |= fits
     return found
 

@@ -56,10 +56,15 @@ class Payload:
         return len(self.header.encode()) + len(self.data)
 
 
+class CodecError(ValueError):
+    """Tensors that a codec cannot send, or bytes that are not what it makes of tensors of this layout."""
+
+
 class Codec(Protocol):
-    """`Tensors` <-> bytes. A lossless codec is given values, a lossy one differences from the broadcast.
+    """`Tensors` <-> bytes. A lossless codec is given values, a lossy one differences from the broadcast; integers keep their bits in both.
 
     (Values, because start + (end - start) is not end in floating point: the ways to run would differ in the last bit.)
+    `seed` (63 bits) is the same at both ends: for the codecs that round by chance or draw a mask; the others do not read it.
     """
 
     @property
@@ -67,12 +72,12 @@ class Codec(Protocol):
         """True if `decode(encode(x))` has the bits of x."""
         ...
 
-    def encode(self, tensors: Tensors) -> bytes:
+    def encode(self, tensors: Tensors, *, seed: int = 0) -> bytes:
         """The bytes of `tensors`, in the order of their sorted names."""
         ...
 
-    def decode(self, data: bytes, layout: Layout) -> Tensors:
-        """The tensors of `layout`; `ValueError` if `data` is not what `encode` makes of such tensors."""
+    def decode(self, data: bytes, layout: Layout, *, seed: int = 0) -> Tensors:
+        """The tensors of `layout`; `CodecError` if `data` is not what `encode` makes of such tensors, before memory is taken for them."""
         ...
 
 

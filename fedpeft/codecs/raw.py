@@ -5,7 +5,7 @@ from typing import Literal
 
 import torch
 
-from fedpeft.codecs.base import Layout
+from fedpeft.codecs.base import CodecError, Layout
 from fedpeft.tensors import Tensors
 
 
@@ -15,15 +15,15 @@ class Raw:
 
     lossless = True
 
-    def encode(self, tensors: Tensors) -> bytes:
+    def encode(self, tensors: Tensors, *, seed: int = 0) -> bytes:
         """The concatenated bytes."""
         return b"".join(raw_bytes(tensors[name]) for name in sorted(tensors))
 
-    def decode(self, data: bytes, layout: Layout) -> Tensors:
+    def decode(self, data: bytes, layout: Layout, *, seed: int = 0) -> Tensors:
         """Tensors that own their memory; nothing is allocated unless the layout describes exactly `len(data)` bytes."""
         want = sum(spec.nbytes for spec in layout)
         if want != len(data):
-            raise ValueError(f"the layout describes {want} bytes, the payload holds {len(data)}")
+            raise CodecError(f"the layout describes {want} bytes, the payload holds {len(data)}")
         out: Tensors = {}
         at = 0
         for spec in layout:
@@ -45,23 +45,26 @@ class Half:
         if self.dtype not in ("fp16", "bf16"):
             raise ValueError(f"codec.dtype={self.dtype}: needed is fp16 or bf16")
 
-    def encode(self, tensors: Tensors) -> bytes:
+    def encode(self, tensors: Tensors, *, seed: int = 0) -> bytes:
         """Cast, then raw. An entry too large for fp16 becomes its largest finite value."""
-        return Raw().encode({name: self._cast(tensor) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()})
+        return Raw().encode({name: cast(tensor, self._kind) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()})
 
-    def decode(self, data: bytes, layout: Layout) -> Tensors:
+    def decode(self, data: bytes, layout: Layout, *, seed: int = 0) -> Tensors:
         """Raw, then cast back."""
         sent = tuple(replace(spec, dtype=self._kind) if spec.dtype.is_floating_point else spec for spec in layout)
         kinds = {spec.name: spec.dtype for spec in layout}
-        return {name: tensor.to(kinds[name]) for name, tensor in Raw().decode(data, sent).items()}
-
-    def _cast(self, tensor: torch.Tensor) -> torch.Tensor:
-        most = min(torch.finfo(self._kind).max, torch.finfo(tensor.dtype).max)
-        return tensor.clamp(-most, most).to(self._kind)
+        return {n: cast(t, kinds[n]) if t.is_floating_point() else t for n, t in Raw().decode(data, sent).items()}
 
     @property
     def _kind(self) -> torch.dtype:
         return torch.float16 if self.dtype == "fp16" else torch.bfloat16
+
+
+def cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The nearest of a floating-point `dtype`; a finite number beyond its range becomes its largest."""
+    made = tensor.to(dtype)
+    most = torch.finfo(dtype).max
+    return made if most >= torch.finfo(tensor.dtype).max else torch.where(made.isinf() & tensor.isfinite(), made.sign() * most, made)
 
 
 def raw_bytes(tensor: torch.Tensor) -> bytes:

@@ -5,6 +5,9 @@ from torch import nn
 from fedpeft.adapters.bottleneck import Bottleneck
 from fedpeft.adapters.inplace import InPlace
 from fedpeft.adapters.lora import Lora
+from fedpeft.adapters.lora_sb import LoraSB
+from fedpeft.adapters.ravan import Ravan
+from fedpeft.adapters.sparse import Sparse
 from fedpeft.adapters.tuner import Tuner
 from fedpeft.adapters.visual_prompt import VisualPrompt
 from fedpeft.lowrank import LowRank
@@ -18,6 +21,10 @@ ADAPTERS = {
     "full": InPlace("full"),
     "lora": Lora(rank=4),
     "dora": Lora(rank=4, dora=True),
+    "lora_sb": LoraSB(rank=4),
+    "xs": LoraSB(rank=4, start="xs"),
+    "ravan": Ravan(rank=3, heads=2),
+    "sparse": Sparse(like=2),
     "biases too": Tuner("LORA", {"r": 4, "target_modules": "all-linear", "bias": "all"}),
     "ia3": Tuner("IA3", {"target_modules": "all-linear", "feedforward_modules": ["fc2"]}),
     "vera": Tuner("VERA", {"target_modules": "all-linear", "r": 8}),
@@ -117,7 +124,7 @@ def test_the_same_seed_gives_the_same_bits_and_the_global_generator_stays_where_
     assert same(frozen, others)
 
 
-@pytest.mark.parametrize("name", ["lora", "dora", "vera", "bottleneck", "visual_prompt"])
+@pytest.mark.parametrize("name", ["lora", "dora", "lora_sb", "ravan", "vera", "bottleneck", "visual_prompt"])
 def test_another_seed_gives_another_start(name, tiny):
     one, two = (ADAPTERS[name].attach(tiny("vit"), seed=seed) for seed in (3, 4))
     everything = [{**adapted.read(), **dict(adapted.base.module.named_buffers())} for adapted in (one, two)]
@@ -145,7 +152,10 @@ def test_undo_puts_the_base_back_as_it_was(adapter, tiny, batch):
 def test_adapters_follow_each_other_on_one_base(kind, tiny, batch):
     base = tiny(kind)
     before = snapshot(base)
-    chain = [Lora(rank=4), Bottleneck(width=5), Lora(rank=4), Tuner("LORA", {"r": 4, "bias": "all", "target_modules": "all-linear"})]
+    chain = [
+        Lora(rank=4), Bottleneck(width=5), Sparse(density=1.0), Lora(rank=4), LoraSB(rank=4, start="xs"), Ravan(rank=2, heads=3),
+        Tuner("LORA", {"r": 4, "bias": "all", "target_modules": "all-linear"}),
+    ]  # fmt: skip
     if base.head:
         chain.insert(0, InPlace("head"))
     if base.task == "text":

@@ -1,5 +1,6 @@
 """A site answers for its clients: the same broadcast gives the same bytes, and one client's fault is its own."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,10 @@ from flwr.app import Message
 from clients.app import Site, serve
 from clients.engine import Engine
 from clients.memory import Memory
-from fedpeft.config import build, load
+from fedpeft.config import Options, build, load
+from fedpeft.lowrank import cut, rank_of
 from fedpeft.messages import Broadcast
-from fedpeft.records import Packer, to_records
+from fedpeft.records import Packer, from_records, to_records, unpack_update
 from fedpeft.setting import Setting, open_setting, strategy_of
 from fedpeft.simulation import InProcessGrid
 from server.exchange import Traffic, connect
@@ -58,7 +60,7 @@ def test_clients_share_the_memory_of_what_they_were_sent(setting: Setting, tmp_p
     here = site(setting, tmp_path, replies=False)
     here.answer(0, "train", content)
     here.answer(1, "train", content)
-    assert all(tensor is here._held[1][digest] for digest, tensor in here._held[0].items())
+    assert all(tensor is here.held.of(1)[digest] for digest, tensor in here.held.of(0).items())
 
 
 def test_one_client_whose_loss_is_nan_is_a_fault_and_the_round_goes_on(setting: Setting, tmp_path: Path) -> None:
@@ -115,6 +117,24 @@ def test_a_client_that_no_test_example_resembles_is_a_fault_of_its_own(setting: 
     found = dict(connect(grid, here.codec, 4).evaluate(1, dict.fromkeys(range(4), Broadcast(setting.adapted.read())), traffic))
     assert sorted(found) == [0, 1, 3]
     assert [(fault.client, "no test example has a label" in fault.reason) for fault in traffic.faults] == [(2, True)]
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_a_client_that_pruned_itself_goes_on_at_its_rank_and_other_strategies_refuse_it(
+    stacked: bool, setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(setting, "config", replace(setting.config, engine=Options(stacked=stacked)))
+    whole = Broadcast(setting.adapted.read())
+    sent = Broadcast(cut(whole.tensors, 3))
+    packed = Packer().pack(sent)
+    content = to_records(packed.payload, {"round": 1, "digest": packed.digest})
+    here = site(setting, tmp_path / "hetlora", strategy="hetlora")
+    update = unpack_update(from_records(here.answer(1, "train", content)), {"weight": 1.0}, 1, sent, here.codec)
+    assert rank_of(update.tensors) in (2, 3)
+    with pytest.raises(
+        ValueError, match=r"is \(3, \d+\) torch.float32, the adapter here has \(8, |is \(3, \d+\), the adapter here has \(8, "
+    ):
+        site(setting, tmp_path / "fedavg").answer(1, "train", content)
 
 
 @pytest.mark.parametrize("round", [-1, 3, 10**18])

@@ -74,7 +74,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def uninterrupted(request: pytest.FixtureRequest, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """FedSA has state at the clients, FedOpt at the server."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    assert fedpeft(cache, ["run", *RUN, f"strategy={request.param}", f"run.dir={folder}", "--quiet"]).returncode == 0
+    assert begin(cache, folder, request.param).returncode == 0
     return request.param, folder
 
 
@@ -82,15 +82,9 @@ def uninterrupted(request: pytest.FixtureRequest, cache: Path, tmp_path_factory:
 @pytest.mark.parametrize("moment", KILLS)
 def test_a_killed_run_resumes_to_the_same_bits(moment: str, uninterrupted: tuple[str, Path], cache: Path, tmp_path: Path) -> None:
     strategy, whole = uninterrupted
-    folder = tmp_path / "run"
-    command = ["run", *RUN, f"strategy={strategy}", f"run.dir={folder}", "--quiet"]
-    killed = fedpeft(cache, command, before=KILLS[moment])
+    killed = begin(cache, tmp_path / "run", strategy, before=KILLS[moment])
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    resumed = fedpeft(cache, ["run", "--resume", str(folder), "--quiet"])
-    assert resumed.returncode == 0, resumed.stderr
-    name = "adapter/adapter_model.safetensors"
-    assert (folder / name).read_bytes() == (whole / name).read_bytes()
-    assert [kept(line) for line in lines(folder)] == [kept(line) for line in lines(whole)]
+    assert_goes_on(cache, tmp_path / "run", whole)
 
 
 @pytest.mark.slow
@@ -98,15 +92,9 @@ def test_a_lane_that_is_killed_ends_the_run_with_one_sentence_and_the_run_goes_o
     uninterrupted: tuple[str, Path], cache: Path, tmp_path: Path
 ) -> None:
     strategy, whole = uninterrupted
-    folder = tmp_path / "run"
     kill = LANE_DIES.replace("os.getppid() if multiprocessing.parent_process() else os.getpid()", "os.getpid()")
-    stopped = fedpeft(cache, ["run", *RUN, f"strategy={strategy}", f"run.dir={folder}", "--quiet"], before=kill)
-    assert stopped.returncode == 1
-    assert "a lane ended with exit code -9" in stopped.stderr
-    assert "Traceback" not in stopped.stderr
-    assert fedpeft(cache, ["run", "--resume", str(folder), "--quiet"]).returncode == 0
-    name = "adapter/adapter_model.safetensors"
-    assert (folder / name).read_bytes() == (whole / name).read_bytes()
+    assert_said(begin(cache, tmp_path / "run", strategy, before=kill), "a lane ended with exit code -9")
+    assert_goes_on(cache, tmp_path / "run", whole)
 
 
 @pytest.mark.slow
@@ -114,15 +102,28 @@ def test_a_disk_that_is_full_is_said_and_the_run_goes_on_when_there_is_room(
     uninterrupted: tuple[str, Path], cache: Path, tmp_path: Path
 ) -> None:
     strategy, whole = uninterrupted
-    folder = tmp_path / "run"
     no_room = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))"  # bytes: a checkpoint has 90,000
-    stopped = fedpeft(cache, ["run", *RUN, f"strategy={strategy}", f"run.dir={folder}", "--quiet"], before=no_room)
+    assert_said(begin(cache, tmp_path / "run", strategy, before=no_room), "Free disk space")
+    assert_goes_on(cache, tmp_path / "run", whole)
+
+
+def begin(cache: Path, folder: Path, strategy: str, *, before: str = "") -> subprocess.CompletedProcess[str]:
+    return fedpeft(cache, ["run", *RUN, f"strategy={strategy}", f"run.dir={folder}", "--quiet"], before=before)
+
+
+def assert_said(stopped: subprocess.CompletedProcess[str], words: str) -> None:
     assert stopped.returncode == 1
-    assert "Free disk space" in stopped.stderr
+    assert words in stopped.stderr
     assert "Traceback" not in stopped.stderr
-    assert fedpeft(cache, ["run", "--resume", str(folder), "--quiet"]).returncode == 0
+
+
+def assert_goes_on(cache: Path, folder: Path, whole: Path) -> None:
+    """Resumed, the run in `folder` ends with the adapter and the ledger of the one in `whole`."""
+    resumed = fedpeft(cache, ["run", "--resume", str(folder), "--quiet"])
+    assert resumed.returncode == 0, resumed.stderr
     name = "adapter/adapter_model.safetensors"
     assert (folder / name).read_bytes() == (whole / name).read_bytes()
+    assert [kept(line) for line in lines(folder)] == [kept(line) for line in lines(whole)]
 
 
 def fedpeft(cache: Path, arguments: list[str], before: str = "") -> subprocess.CompletedProcess[str]:

@@ -35,7 +35,7 @@ def logits(run: Path) -> tuple[torch.Tensor, torch.Tensor, Path]:
     folder, config = reopen(run)
     setting, strategy = open_setting(config), strategy_of(config)
     found = checkpoint.read(checkpoint.found(folder.checkpoints)[-1], known_classes(strategy.init(setting.starts())))
-    sent = strategy.broadcast(found.state, found.round, None)
+    sent = strategy.broadcast(found.state[0], found.round, None)
     assert sent.base_delta
     adapted = setting.on("main")
     adapted.fill(sent.tensors)

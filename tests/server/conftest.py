@@ -77,7 +77,7 @@ class Clients:
         end = {name: tensor + 1 / (client + 2) if phase.trains(name) else tensor for name, tensor in start.tensors.items()}
         update = Update(client, change(only(end, phase.shares)), client + 1.0)
         facts = {"weight": client + 1.0, "loss": float(client), "accuracy": client / 10} | metrics
-        return Message(to_records(pack_update(update, start, self.codec), {"holds": self.holds}, facts), reply_to=message)
+        return Message(to_records(pack_update(update, start, self.codec)[0], {"holds": self.holds}, facts), reply_to=message)
 
 
 @pytest.fixture

@@ -202,8 +202,8 @@ def test_a_round_holds_at_most_two_updates_at_a_time(clients, joined, start):
     alive: list[weakref.ref] = []
 
     class Watched(Raw):
-        def decode(self, data, layout):
-            tensors = super().decode(data, layout)
+        def decode(self, data, layout, *, seed=0):
+            tensors = super().decode(data, layout, seed=seed)
             alive.append(weakref.ref(tensors["q.A"]))
             most.append(sum(one() is not None for one in alive))
             return tensors

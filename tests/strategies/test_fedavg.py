@@ -1,11 +1,23 @@
+from functools import partial
+
 import pytest
 import torch
 
 from fedpeft.aggregate import weighted_mean
 from fedpeft.messages import Broadcast, Update
+from fedpeft.strategy import Federation
 from strategies.fedavg import FedAvg
+from strategies.fedex import fedex
 from strategies.fedprox import fedprox
+from strategies.fedrot import fedrot
+from strategies.fedsa import fedsa_lora
+from strategies.fedsvd import fedsvd
 from strategies.ffa import ffa_lora
+from strategies.flexlora import flexlora
+from strategies.flora import flora
+from strategies.florist import florist
+from strategies.lora_fair import lora_fair
+from strategies.rolora import rolora
 
 pytestmark = pytest.mark.fast
 
@@ -77,3 +89,18 @@ def test_an_adapter_without_low_rank_pairs_is_welcome_unless_the_method_needs_th
     assert fedprox().init({"main": head_only}).tensors is head_only
     with pytest.raises(ValueError, match="choose adapter=lora"):
         ffa_lora().init({"main": head_only})
+
+
+LOW_RANK = {
+    "fedex": fedex, "fedrot": fedrot, "fedsa": fedsa_lora, "fedsvd": fedsvd, "ffa": ffa_lora, "lora_fair": lora_fair, "rolora": rolora,
+} | {name: partial(made, Federation()) for name, made in (("flexlora", flexlora), ("flora", flora), ("florist", florist))}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LOW_RANK)
+@pytest.mark.parametrize("core", ["q.R", "q.H"])
+def test_strategies_of_products_refuse_a_core_between_the_factors(name, core):
+    """B A without the R of LoRA-SB between them would be another change of the weight."""
+    adapter = {"q.A": torch.zeros(2, 3), "q.B": torch.zeros(4, 2)}
+    LOW_RANK[name]().init({"main": adapter})
+    with pytest.raises(ValueError, match=r"core between B and A.*adapter=lora"):
+        LOW_RANK[name]().init({"main": adapter | {core: torch.zeros(1, 2, 2)}})

@@ -101,6 +101,18 @@ def test_its_state_begins_without_moments_and_all_clients_get_the_model():
     assert {id(strategy.broadcast(state, 0, client)) for client in (None, 0, 5)} == {id(state.model)}
 
 
+@pytest.mark.parametrize("field", ["lr", "beta1", "beta2", "tau"])
+@pytest.mark.parametrize("value", [-0.1, float("nan")])
+def test_bad_settings_are_named(field, value):
+    with pytest.raises(ValueError, match=rf"strategy\.{field}={value}"):
+        FedOpt(**{field: value})
+
+
+def test_tau_of_zero_is_refused_since_what_nobody_moved_would_be_divided_by_it():
+    with pytest.raises(ValueError, match=r"strategy\.tau=0\.0: needed is more than 0"):
+        FedOpt(tau=0.0)
+
+
 def test_an_optimizer_that_there_is_not_is_refused():
     with pytest.raises(ValueError, match=r"strategy\.optimizer=sgd: needed is momentum, adam or yogi"):
         FedOpt("sgd")
