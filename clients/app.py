@@ -172,7 +172,7 @@ class Site:
             owed = self._owed(ask, phase) if self.feedback and phase.carries else None
             seed = draw_up(self.setting.config.seed, ask.round, ask.client)
             try:
-                payload, left = pack_update(update, job.broadcast, self.codec, seed=seed, owed=owed)
+                payload, left = pack_update(update, job.broadcast, self.codec, seed=seed, owed=owed, shares=phase.shares)
             except ValueError as fault:
                 yield ask, str(fault)
                 continue

@@ -84,6 +84,7 @@ class Config:
     seed: int
     min_clients: int  # answers a round needs
     deadline: float | None  # seconds from broadcast to the last accepted update; None: no limit
+    feedback: bool  # what a lossy codec leaves out of a client's update is added to its next
     weights: Literal["examples", "uniform"]  # what a client's update counts: its examples, or one
     devices: Any  # ranks of the clients' devices, see fedpeft/devices.py; None: all have the adapter's
     run: Run

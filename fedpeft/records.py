@@ -17,9 +17,10 @@ from fedpeft.codecs.base import Codec, Layout, Payload, Spec, header, layout, pa
 from fedpeft.codecs.raw import Raw, raw_bytes
 from fedpeft.lowrank import LowRank
 from fedpeft.messages import Broadcast, Update
-from fedpeft.tensors import Tensors
+from fedpeft.tensors import Names, Tensors, everything, only
 
 BASE = "base_delta/"
+SAME = "="  # a header: the layout is that of the shared tensors as they were sent
 Scalar = int | float | str | bool
 
 
@@ -115,20 +116,23 @@ def draw_up(run: int, round: int, client: int) -> int:
     return seeds.seed(run, round=round, client=client, purpose="uplink")
 
 
-def pack_update(update: Update, sent: Broadcast, codec: Codec, *, seed: int = 0, owed: Tensors | None = None) -> tuple[Payload, Tensors]:
+def pack_update(
+    update: Update, sent: Broadcast, codec: Codec, *, seed: int = 0, owed: Tensors | None = None, shares: Names | None = None
+) -> tuple[Payload, Tensors]:  # fmt: skip
     """The update's tensors through `codec`, and what the receiver will lack: differences from what was sent if it is lossy, else values.
 
     `owed` is what was left out before (error feedback, Seide et al., Interspeech 2014): it is added to the differences of the same shape.
-    With None nothing is added and what is lacking is not worked out. `seed` must be known to the receiver too.
+    With None nothing is added and what is lacking is not worked out. `seed` must be known to the receiver too. Where the layout is that of
+    what was sent and satisfies `shares`, which both ends know, the header says only so.
     """
     if codec.lossless:
-        return Payload(header(layout(update.tensors)), codec.encode(update.tensors, seed=seed)), {}
+        return Payload(_said(layout(update.tensors), sent, shares), codec.encode(update.tensors, seed=seed)), {}
     steps = difference(update.tensors, sent.tensors)
     for name, more in (owed or {}).items():
         if name in steps and _moves(name, more, sent.tensors) and steps[name].shape == more.shape:
             steps[name] = steps[name] + more
     data = codec.encode(steps, seed=seed)
-    payload = Payload(header(layout(steps)), data)
+    payload = Payload(_said(layout(steps), sent, shares), data)
     if owed is None:
         return payload, {}
     said = codec.decode(data, layout(steps), seed=seed)
@@ -136,10 +140,10 @@ def pack_update(update: Update, sent: Broadcast, codec: Codec, *, seed: int = 0,
 
 
 def unpack_update(
-    payload: Payload, facts: Mapping[str, float], client: int, sent: Broadcast, codec: Codec, *, seed: int = 0
+    payload: Payload, facts: Mapping[str, float], client: int, sent: Broadcast, codec: Codec, *, seed: int = 0, shares: Names = everything
 ) -> Update:  # fmt: skip
     """The update of `client`. The bytes are hostile: `ValueError` unless header and data fit one another and what was sent."""
-    specs: Layout = parse(_json(payload.header))
+    specs: Layout = layout(only(sent.tensors, shares)) if payload.header == SAME else parse(_json(payload.header))
     for spec in () if codec.lossless else specs:  # before anything is decoded: a lossy codec's few bytes can stand for many entries
         like = sent.tensors.get(spec.name)
         if like is None:
@@ -150,6 +154,10 @@ def unpack_update(
     metrics = {name: value for name, value in facts.items() if name != "weight"}
     values = tensors if codec.lossless else restored(tensors, sent.tensors)
     return Update(client, values, float(facts["weight"]), metrics)
+
+
+def _said(specs: Layout, sent: Broadcast, shares: Names | None) -> str:
+    return SAME if shares is not None and specs == layout(only(sent.tensors, shares)) else header(specs)
 
 
 def difference(tensors: Tensors, start: Tensors) -> Tensors:

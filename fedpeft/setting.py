@@ -180,9 +180,15 @@ def strategy_of(config: Config) -> Strategy[Any]:
 
 
 def codec_of(config: Config) -> tuple[Codec, bool]:
-    """The codec of the way up, and whether what it leaves out is added to the next update (`codec.feedback`)."""
-    made: Codec = build(config.codec, leaves_out=("feedback",))
-    return made, bool(config.codec.get("feedback", False)) and not made.lossless
+    """The codec of the way up, and whether what it leaves out is added to the next update."""
+    made: Codec = build(config.codec)
+    feedback = config.feedback and not made.lossless
+    if feedback and not getattr(made, "contracts", True):
+        raise ConfigError(
+            f"feedback=true adds what codec={config.choices['codec']} leaves out to the next update, and with these fields may leave out "
+            "more than it was given: the sum would grow without end; set feedback=false"
+        )
+    return made, feedback
 
 
 def downlink_of(config: Config) -> Codec:
@@ -230,9 +236,7 @@ def _built(config: Config) -> tuple[Source, ModelSource, Adapter, Strategy[Any]]
     for family in ("data", "model", "adapter", "strategy", "codec", "downlink", "select", "mean"):
         try:
             spec = getattr(config, family)
-            made[family] = (
-                strategy_of(config) if family == "strategy" else build(spec, leaves_out=("partition", "min_examples", "feedback"))
-            )
+            made[family] = strategy_of(config) if family == "strategy" else build(spec, leaves_out=("partition", "min_examples"))
         except ConfigError as fault:
             faults.append(f"{family}={config.choices[family]}: {fault}")
     if faults:

@@ -14,7 +14,7 @@ from fedpeft.codecs.base import Codec
 from fedpeft.config import ConfigError
 from fedpeft.messages import MOST_EXAMPLES, Broadcast, Update
 from fedpeft.records import Packed, Packer, draw_up, from_records, pack_changes, to_records, unpack_update
-from fedpeft.tensors import nbytes
+from fedpeft.tensors import Names, everything, nbytes
 from server.stream import Stream
 
 LONGEST = 600  # letters of a fault's reason
@@ -70,13 +70,17 @@ class Exchange:
             return dict(out)
         return dict.fromkeys(out, self.stream.advance(out))
 
-    def train(self, round: int, out: Mapping[int, Broadcast], traffic: Traffic) -> Iterator[Update]:
+    def train(
+        self, round: int, out: Mapping[int, Broadcast], traffic: Traffic, shares: Names = everything
+    ) -> Iterator[Update]:  # fmt: skip
         """The updates of the clients in `out`, in client order, decoded one at a time; everything else is a fault in `traffic`."""
         for client, content in self._replies("train", round, out, traffic):
             try:
                 payload = from_records(content)
                 facts = {name: float(value) for name, value in content.metric_records["metrics"].items() if isinstance(value, int | float)}
-                update = unpack_update(payload, facts, client, out[client], self.codec, seed=draw_up(self.seed, round, client))
+                update = unpack_update(
+                    payload, facts, client, out[client], self.codec, seed=draw_up(self.seed, round, client), shares=shares
+                )
             except (ValueError, KeyError) as fault:
                 traffic.fault(client, f"its reply cannot be read: {fault}")
                 continue

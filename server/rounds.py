@@ -83,7 +83,7 @@ class _Taken:
         self._round, self._exchange, self._traffic = round, exchange, traffic
 
     def __iter__(self) -> Iterator[Update]:
-        for update in self._exchange.train(self._round, self._out, self._traffic):
+        for update in self._exchange.train(self._round, self._out, self._traffic, self._phase.shares):
             try:
                 good = checked(update, self._out[update.client], self._phase.shares, equal=self._equal)
             except ValueError as fault:
