@@ -110,8 +110,10 @@ def _cells(study: Mapping[str, Any], seeds: Sequence[int]) -> list[Cell]:
     for method, spec in study["methods"].items():
         for partition, split in task["partitions"].items():
             for rate in study["rates"][spec.get("rates", "adamw")]:
+                own = any(word.startswith("adapter=") for word in spec["run"])  # fields of the task's adapter are no fields of this one
+                common = [word for word in task["common"] if not (own and word.startswith("adapter."))]
                 for seed in seeds:
-                    words = (*task["common"], *split, *spec["run"], f"train.lr={rate}", f"seed={seed}")
+                    words = (*common, *split, *spec["run"], f"train.lr={rate}", f"seed={seed}")
                     made.append(Cell(method, partition, rate, seed, words))
     return made
 
