@@ -127,6 +127,41 @@ def export(
     print(export_run(run_dir, to, rank=rank, merge=merge))
 
 
+@app.command()
+def compress(
+    adapter: Annotated[Path, typer.Argument(help="A folder with adapter_config.json and adapter_model.safetensors.")],
+    to: Annotated[Path, typer.Option("--to", "-o", help="The file to write.")],
+    density: Annotated[float, typer.Option(help="Share of the entries that are kept.")] = 0.2,
+    scale: Annotated[str, typer.Option(help="mean (of the kept magnitudes: least squares) or std (as published).")] = "mean",
+    alpha: Annotated[float, typer.Option(help="Times the scale.")] = 1.0,
+) -> None:
+    """Compress a PEFT adapter: the sign of its largest entries, one scale, entropy-coded (ComPEFT). Whole modules stay as they are.
+
+    \b
+    Example:
+      fedpeft compress runs/2026-01-31-120000-fedavg/adapter -o adapter.ternary --density 0.1
+    """
+    from experiments.compress import compress as press
+    from fedpeft.codecs.ternary import Ternary
+
+    try:
+        codec = Ternary(density, scale=scale, alpha=alpha)  # type: ignore[arg-type]  # checked there
+    except ValueError as fault:
+        raise ConfigError(str(fault).replace("codec.", "--")) from fault
+    print(f"{to}: {press(adapter, to, codec)}")
+
+
+@app.command()
+def decompress(
+    file: Annotated[Path, typer.Argument(help="What `fedpeft compress` wrote.")],
+    to: Annotated[Path, typer.Option("--to", "-o", help="The folder to write.")],
+) -> None:
+    """Write a compressed adapter as a folder that stock peft loads."""
+    from experiments.compress import decompress as unpress
+
+    print(f"{to}: {unpress(file, to)} tensors")
+
+
 def _studies() -> str:
     return "\n\n".join(f"\b\n  study={path.stem}" for path in sorted((CONF.parent / "studies").glob("*.yaml")))
 

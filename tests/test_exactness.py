@@ -311,11 +311,12 @@ def test_up_to_the_bound_nothing_is_dropped_in_a_larger_layer(monkeypatch):
 def test_a_client_of_more_ranks_than_the_bound_is_measured_too(ranks, monkeypatch):
     monkeypatch.setattr(exactness, "BOUND", 8)
     gap, true = folded(layer(30, 40, ranks), ends(30, 40))
-    assert (gap.error - gap.dropped) / (1 + gap.dropped) <= true <= (gap.error + gap.dropped) / (1 - gap.dropped)
+    slack = 1e-12
+    assert (gap.error - gap.dropped) / (1 + gap.dropped) - slack <= true <= (gap.error + gap.dropped) / (1 - gap.dropped) + slack
 
 
 def test_a_difference_of_equal_products_does_not_drown_in_their_size():
-    """By QR, not by Grams: those leave 1e-8 of the norm."""
+    """By random vectors, not by Grams: those leave 1e-8 of the norm."""
     (one,) = layer(600, 700, [4])
     B, A = one.tensors["q.B"], one.tensors["q.A"]
     turn = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64))[0]

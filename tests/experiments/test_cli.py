@@ -44,7 +44,7 @@ def test_the_run_folder_holds_what_the_architecture_names(monkeypatch: pytest.Mo
     manifest = json.loads((folder / "manifest.json").read_text())
     assert {"seed", "versions", "fingerprint", "commit"} <= set(manifest)
     page = (folder / "report.html").read_text()
-    assert page.count("<svg") == 2
+    assert page.count("<svg") == 3
     assert "http" not in page.replace("http://www.w3.org", "").replace("https://matplotlib.org", "").replace("http://purl.org", "").replace(
         "http://creativecommons.org", ""
     )
