@@ -81,16 +81,17 @@ def sweep(words: Sequence[str], folder: Path, *, processes: int, watch: Watch) -
     name, study = read_study(words)
     folder.mkdir(parents=True, exist_ok=True)
     task = study["tasks"][study["task"]]
-    tuning = _cells(study, [study["tune_seed"]])
+    tuning = [] if all(len(rates) == 1 for rates in study["rates"].values()) else _cells(study, [study["tune_seed"]])
     done = _known(folder)
     todo = [cell for cell in tuning if cell.key not in done]
-    whole = len(tuning) + sum(len(study["seeds"]) for _ in {(cell.method, cell.partition) for cell in tuning})
+    final = _cells(study, study["seeds"])
+    whole = len(tuning) + len({(cell.method, cell.partition, cell.seed) for cell in final})
     ended = len(tuning) - len(todo)
     for cell, result in _worked(todo, task["late"], processes, folder):
         done[cell.key] = result
         watch(ended := ended + 1, whole, _said(cell, result))
     best = _best(tuning, done)
-    chosen = [cell for cell in _cells(study, study["seeds"]) if best.get((cell.method, cell.partition)) == cell.rate]
+    chosen = [cell for cell in final if not tuning or best.get((cell.method, cell.partition)) == cell.rate]
     todo = [cell for cell in chosen if cell.key not in done]
     ended = whole - len(todo)
     for cell, result in _worked(todo, task["late"], processes, folder):
@@ -101,7 +102,8 @@ def sweep(words: Sequence[str], folder: Path, *, processes: int, watch: Watch) -
              "common": task["common"], "late": task["late"], "versions": versions(), "machine": platform.machine()}  # fmt: skip
     write_text(folder / "table.json", json.dumps({"facts": facts, "rows": rows}, indent=2) + "\n")
     write_text(folder / "table.md", table(rows, list(task["partitions"])))
-    picture(rows, list(task["partitions"]), folder / "picture.svg")
+    draw = pareto if study.get("picture") == "pareto" else picture
+    draw(rows, list(task["partitions"]), folder / "picture.svg")
     return folder
 
 
@@ -255,6 +257,27 @@ def picture(rows: Sequence[Mapping[str, Any]], partitions: Sequence[str], to: Pa
         axis.grid(axis="x", alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_yticks(range(len(rows)), [row["method"] for row in reversed(rows)])
+    figure.savefig(to, metadata={"Date": None})
+
+
+def pareto(rows: Sequence[Mapping[str, Any]], partitions: Sequence[str], to: Path) -> None:
+    """Accuracy against the bytes of a round's way up; the best for their bytes are joined."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.5 * len(partitions), 4.5), layout="constrained")
+    for axis, name in zip(figure.subplots(1, len(partitions), squeeze=False)[0], partitions, strict=True):
+        seen = sorted((row[name]["up"] / 1000, *row[name]["accuracy"], row["method"]) for row in rows if "accuracy" in row.get(name, {}))
+        best = [point for i, point in enumerate(seen) if all(point[1] > other[1] for other in seen[:i])]
+        axis.plot([point[0] for point in best], [point[1] for point in best], color="C0", lw=1)
+        for size, mean, half, label in seen:
+            axis.errorbar(size, mean, yerr=half, fmt="o", ms=4, color="C1" if "no feedback" in label else "C0", capsize=2, lw=1)
+            axis.annotate(label, (size, mean), xytext=(4, 4), textcoords="offset points", fontsize=7)
+        axis.set(title=name, xlabel="kB up a round, all clients", ylabel="accuracy", xscale="log")
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(to, metadata={"Date": None})
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from experiments.cli import app
-from experiments.sweep import Found, read_study, sweep, table
-from fedpeft.config import ConfigError
+from experiments.sweep import STUDIES, Found, _cells, pareto, read_study, sweep, table
+from fedpeft.config import ConfigError, load
 
 TINY = [
     "study=aggregation", "seeds=[0,1]", "methods=[head only,fedavg]", "partitions=[iid]", "late=[1,2]",
@@ -19,7 +19,7 @@ TINY = [
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["study=nothing"], "study=nothing: there is no such study; there are aggregation"),
+        (["study=nothing"], "study=nothing: there is no such study; there are aggregation, compression"),
         (["study=aggregation", "task=chess"], "task=chess: there is no such task; there are digits"),
         (["study=aggregation", "methods=[fedavg,magic]"], "there is no magic"),
         (["study=aggregation", "rounds=3"], "a study takes task, seeds"),
@@ -49,6 +49,26 @@ def test_a_table_shows_means_with_intervals_and_failures_with_their_reason():
     assert "| a | 0.500 ± 0.250 | 0.750 ± 0.000 | 0.1 | 2 | 3 | 1.2 | 0 |" in text
     assert "| b | failed: ValueError: no |" in text
     assert "Before training (no adapter): 0.125." in text
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("path", sorted(STUDIES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_word_of_a_study_is_one_that_a_run_takes(path: Path) -> None:
+    _, study = read_study([f"study={path.stem}"])
+    cells = {cell.method: cell for cell in _cells(study, [0])}  # each method once
+    for task in study["tasks"]:  # and each task
+        _, chosen = read_study([f"study={path.stem}", f"task={task}"])
+        cells[task] = _cells(chosen, [0])[-1]
+        assert load(cells[task].overrides).rounds >= max(chosen["tasks"][task]["late"])
+    for cell in cells.values():
+        load(cell.overrides)
+
+
+@pytest.mark.fast
+def test_accuracy_is_drawn_against_bytes(tmp_path: Path) -> None:
+    rows = [{"method": f"m{up}", "iid": {"accuracy": [0.5 + up / 100, 0.1], "up": 1000.0 * up}} for up in (3, 1, 2)]
+    pareto(rows, ["iid"], tmp_path / "p.svg")
+    assert all(f"m{up}" in (tmp_path / "p.svg").read_text() for up in (1, 2, 3))
 
 
 @pytest.mark.slow
