@@ -98,7 +98,7 @@ def _drive(what: str, config: Config, setting: Setting, folder: Folder, watch: W
 def _next_round(folder: Folder, config: Config) -> int:
     """The first round that a run in `folder` has not yet."""
     saved = checkpoint.found(folder.checkpoints)
-    return min(int(saved[-1].stem.rpartition("-")[2]), config.rounds) if saved else 0
+    return min(checkpoint.round_of(saved[-1]), config.rounds) if saved else 0
 
 
 def _lanes(site: Site, folder: Folder, setting: Setting) -> Lanes:

@@ -66,13 +66,11 @@ def read_study(words: Sequence[str]) -> tuple[str, dict[str, Any]]:
         raise ConfigError(f"study={name}: there is no such study; there are {', '.join(names)}")
     tree: Any = OmegaConf.load(STUDIES / f"{name}.yaml")
     study: Any = OmegaConf.to_container(tree)
-    for key, value in given.items():
+    for key, value in sorted(given.items(), key=lambda item: item[0] != "task"):  # other fields are those of the task
         if key not in ("task", "seeds", "methods", "partitions", "tune_seed", "common", "late"):
             raise ConfigError(f"{key}={value}: a study takes task, seeds, methods, partitions, tune_seed, late and common")
         read: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"{key}={value}"]))
         study |= _chosen(study, key, read[key])
-    if study["task"] not in study["tasks"]:
-        raise ConfigError(f"task={study['task']}: there is no such task; there are {', '.join(study['tasks'])}")
     return name, study
 
 
@@ -122,9 +120,15 @@ def _cells(study: Mapping[str, Any], seeds: Sequence[int]) -> list[Cell]:
 
 def _chosen(study: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
     """The field `key` of a study with `value`: names of methods or partitions choose among those there are."""
+    if key == "task" and value not in study["tasks"]:
+        raise ConfigError(f"task={value}: there is no such task; there are {', '.join(study['tasks'])}")
+    if key != "task" and not isinstance(value, list) and key != "tune_seed":
+        raise ConfigError(f"{key}={value}: needed is a list, as in {key}=[...]")
+    if key in ("methods", "partitions"):
+        there = study["methods"] if key == "methods" else study["tasks"][study["task"]]["partitions"]
+        if missing := [name for name in value if name not in there]:
+            raise ConfigError(f"{key}: there is no {missing[0]}; there are {', '.join(there)}")
     if key == "methods":
-        if missing := [name for name in value if name not in study["methods"]]:
-            raise ConfigError(f"methods: there is no {missing[0]}; there are {', '.join(study['methods'])}")
         return {key: {name: study["methods"][name] for name in value}}
     if key in ("partitions", "common", "late"):
         tasks = dict(study["tasks"])

@@ -49,6 +49,11 @@ def found(folder: Path) -> list[Path]:
     return sorted(folder.glob("round-*.safetensors"))
 
 
+def round_of(path: Path) -> int:
+    """The round that a checkpoint's run goes on with."""
+    return int(path.stem.rpartition("-")[2])
+
+
 def read(path: Path, known: Iterable[type]) -> Checkpoint:
     """The checkpoint at `path`; dataclasses of the state are built only if they are in `known`.
 

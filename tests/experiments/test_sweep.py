@@ -23,12 +23,22 @@ TINY = [
         (["study=aggregation", "task=chess"], "task=chess: there is no such task; there are digits"),
         (["study=aggregation", "methods=[fedavg,magic]"], "there is no magic"),
         (["study=aggregation", "rounds=3"], "a study takes task, seeds"),
+        (["study=aggregation", "partitions=[iid,shards]"], "partitions: there is no shards; there are iid, dirichlet 0.1"),
+        (["study=aggregation", "seeds=3"], r"seeds=3: needed is a list, as in seeds=\[...\]"),
         ([], "there is no such study"),
     ],
 )
 def test_what_a_study_does_not_have_is_said_with_what_there_is(words, said):
     with pytest.raises(ConfigError, match=said):
         read_study(words)
+
+
+@pytest.mark.fast
+def test_fields_are_those_of_the_task_in_whatever_order_they_are_given():
+    for words in (["task=sick", "common=[data.path=x]"], ["common=[data.path=x]", "task=sick"]):
+        _, study = read_study(["study=aggregation", *words])
+        assert study["tasks"]["sick"]["common"][-1] == "data.path=x"
+        assert "data.path=x" not in study["tasks"]["digits"]["common"]
 
 
 @pytest.mark.fast
