@@ -1,5 +1,6 @@
 """ClientApp: query, train, evaluate. One `Site` serves all clients of a process; in simulation that is every client there is."""
 
+import logging
 import shlex
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -57,6 +58,7 @@ class Order:
     broadcasts: Mapping[str, tuple[str, bytes]]
 
 
+log = logging.getLogger("fedpeft")
 OWED = "owed/"  # names in a client's memory: what a codec left out
 Answer = Reply | str  # what one client says: a reply, or what went wrong with it alone
 
@@ -242,8 +244,13 @@ def site_of(setting: Setting, memory: Memory, *, known: Mapping[str, Any] | None
     """The site of a run's setting, as its config says."""
     config = setting.config
     codec, feedback = codec_of(config)
-    held = Held(downlink_of(config), config.seed, keeps=holds)
-    return Site(setting, strategy_of(config), codec, memory, known=known or {}, feedback=feedback, held=held)
+    held, strategy = Held(downlink_of(config), config.seed, keeps=holds), strategy_of(config)
+    if feedback and not strategy.phase(config.rounds).carries:
+        log.warning(
+            "strategy=%s makes factors anew in every round: what codec=%s leaves out of an update means nothing in the next and is lost",
+            config.choices["strategy"], config.choices["codec"],
+        )  # fmt: skip
+    return Site(setting, strategy, codec, memory, known=known or {}, feedback=feedback, held=held)
 
 
 def lane_on_gpu(overrides: Sequence[str], memory: Path, known: Mapping[str, Any], lane: int) -> Callable[[Order], list[Answer]]:

@@ -239,6 +239,7 @@ def test_no_draw_comes_from_a_global_state():
 def test_tests_mirror_the_tree():
     """A test file is named after what it tests; the others cut across all."""
     across = {"test_architecture", "test_conformance", "test_codecs", "test_presets", "test_ranks", "test_phases", "test_private_waves"}
+    across |= {"test_flower_replies", "test_base_deltas", "test_exact_strategies", "test_feedback"}
     names = {path.stem for path in FILES} | {path.parent.name for path in FILES}
     for path in (ROOT / "tests").rglob("test_*.py"):
         if "e2e" not in path.parts:

@@ -5,70 +5,30 @@ An exception is declared below, with its reason.
 """
 
 import json
-import re
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from omegaconf import OmegaConf
+from strategy_presets import NAMES, OWN_UPDATE, assert_same, strategy
 
-from fedpeft.adapters.lora import Lora
 from fedpeft.aggregate import median, trimmed_mean, weighted_mean
 from fedpeft.checkpoint import classes_in, freeze, thaw
 from fedpeft.codecs.raw import raw_bytes
-from fedpeft.config import build
 from fedpeft.lowrank import LowRank, rank_of
 from fedpeft.messages import Broadcast, Update, checked
-from fedpeft.strategy import Federation
-from fedpeft.tensors import is_own, targets
+from fedpeft.tensors import is_own
 
 pytestmark = pytest.mark.fast
-ROOT = Path(__file__).parents[1]
-FOLDER = ROOT / "experiments" / "conf" / "strategy"
-PRESETS = {path.stem: OmegaConf.to_container(OmegaConf.load(path)) for path in sorted(FOLDER.glob("*.yaml"))}
-RUN = Federation(rounds=4, clients=4, cohort=3, optimizer="sgd")
-MIXED = Federation(rounds=4, clients=4, cohort=3, optimizer="sgd", ranks=(1, 3, 2, 3))
-
-# Other settings of a preset that are another algorithm: they keep the same.
-VARIANTS: dict[str, dict[str, Any]] = {
-    "fed_sb gradient": {"start": "gradient"},
-    "fed_sb sign": {"start": "sign", "step": 0.1},
-    "fedex cut": {"residual": 1},
-    "fedopt momentum": {"optimizer": "momentum"},
-    "hetlora examples": {"weights": "examples", "penalty": 0.0},
-    "hetlora rankwise": {"weights": "examples", "penalty": 0.0, "rankwise": True},
-    "lora_fair ridge": {"solver": "ridge"},
-    "lora_fair A": {"residual": "A"},
-    "lora_fair ridge both": {"solver": "ridge", "residual": "both"},
-    "slora without": {"share": 0.0},
-}
-NAMES = [*PRESETS, *VARIANTS]
-
-# Values under which a client alone, or among its likes, gets its own update back.
-OWN_UPDATE: dict[str, dict[str, Any]] = {
-    "fedopt": {"optimizer": "momentum", "lr": 1.0, "beta1": 0.0},  # any other server optimizer takes another step along the change
-    "fedopt momentum": {"lr": 1.0, "beta1": 0.0},
-    "hetlora": {"penalty": 0.0},  # a client that prunes itself sends less than it trained
-    "florist": {"energy": 1.0},
-}
 # What a rule does not fit, and why: (preset, round) or a whole preset.
 NO_MODEL = "a round of gradients makes a sketch, not a model"
 CUT = "the sparse change is cut to LoRA's rank"
 EXCEPT_OWN_UPDATE = {("fed_sb gradient", 0): NO_MODEL, ("fed_sb gradient", 1): NO_MODEL, ("fed_sb sign", 0): NO_MODEL, ("slora", 0): CUT}
 BY_NORM = {"hetlora"}  # whose clients count by the norm of their product, not by their examples
 MAKES_A_ANEW = {"fedsvd"}  # the server changes what clients freeze, from what they send
-# Of these the file says that they are exact; in rounds in which the base or the factors move.
-EXACT = ("ffa", "rolora", "flora", "fedex", "fedsvd", "fed_sb", "ravan")
-MIX = ("flexlora", "flora", "florist", "hetlora")
 ROUNDS = (0, 1, 2, 3)  # methods that alternate do so by the round
 
 every = pytest.mark.parametrize("name", NAMES)
 at = pytest.mark.parametrize("round", ROUNDS)
-
-
-def strategy(name: str, run: Federation = RUN, **more: Any) -> Any:
-    return build(PRESETS[name.partition(" ")[0]] | VARIANTS.get(name, {}) | more, run=run)
 
 
 def bits(state: Any) -> tuple[dict[str, tuple], str]:
@@ -106,12 +66,6 @@ def test_identical_clients_get_that_clients_update(name, round, federation, dist
     run.take(updates)
     for client in (0, 1, 2):
         assert_same(run.model(client), want, distance)
-
-
-def assert_same(got, want, distance, within=1e-12):
-    """RAVAN's scales go into its heads, where they stay one."""
-    got, want = ({n: t for n, t in model.items() if not n.endswith(".s")} for model in (got, want))
-    assert distance(got, want) <= within
 
 
 @every
@@ -319,96 +273,3 @@ def test_a_loss_term_runs_on_a_stack_of_clients(name, round, federation):
     for k in range(3):
         alone = torch.func.grad(phase.loss)(nows[k], starts[k])
         assert all(torch.allclose(wave[n][k], alone[n], rtol=0, atol=1e-12) for n in alone)
-
-
-# Exactness
-
-
-def ideal(run, updates, trained):
-    """The weighted mean of the clients' own models, formed densely."""
-    whole = sum(update.weight for update in updates)
-    models = [(update.weight / whole, run.model(update.client, trained[update.client])) for update in updates]
-    return {name: sum(p * model[name] for p, model in models) for name in models[0][1]}
-
-
-def test_every_strategy_says_whether_it_is_exact():
-    """The claim that the next test proves stands in the file; no other file makes it."""
-    for path in sorted((ROOT / "strategies").glob("*.py")):
-        says = bool(
-            re.search(
-                r'"""Exact[:,]|Exact, unless|(means|mean of each round|so means) (are|is) exact|so the mean of the products is',
-                path.read_text(),
-            )
-        )
-        assert says == (path.stem in EXACT) or path.stem == "__init__", path.stem
-
-
-@pytest.mark.parametrize("kind", ["paper", "bert", "gpt2", "llama", "vit"])
-@pytest.mark.parametrize("name", EXACT)
-@at
-def test_an_exact_strategy_reaches_the_mean_of_the_products(name, kind, round, federation, distance):
-    """Unequal weights; layers that are no square; GPT-2's stored transposed; Llama's grouped queries."""
-    run = federation(strategy(name), kind=kind).advance(round)
-    updates, trained = run.play((0, 1, 2, 3))
-    want = ideal(run, updates, trained)
-    run.take(updates)
-    assert_same(run.model(), want, distance, 1e-10)
-
-
-@pytest.mark.parametrize("name", ["flora", "fedex"])
-@pytest.mark.parametrize("kind", ["bert", "gpt2", "llama", "vit"])
-def test_a_model_moved_by_base_deltas_computes_what_the_mean_of_its_clients_weights_computes(name, kind, federation, tiny, batch):
-    """The whole way, transposition included: logits of the shifted base against those of a base whose weights were moved by hand."""
-    run = federation(strategy(name), kind=kind)
-    for _ in range(2):
-        run.take(run.play()[0])
-    sent, base = run.strategy.broadcast(run.state, 2, None), tiny(kind)
-    adapted = Lora(rank=3, alpha=4.5).attach(base, 0)
-    adapted.fill(sent.tensors)
-    with adapted.shifted(sent.base_delta):
-        got = adapted.logits(batch(base))
-    by_hand = tiny(kind)
-    changes = run.model()
-    own = dict(by_hand.module.named_parameters())
-    with torch.no_grad():
-        for layer in targets(sent.tensors):
-            transposed = type(by_hand.module.get_submodule(layer)).__name__ == "Conv1D"
-            own[f"{layer}.weight"].add_(changes[layer].T if transposed else changes[layer])
-        for full, parameter in adapted.parameters.items():
-            if full.startswith("head."):
-                own[full.removeprefix("head.")].copy_(parameter)
-    want = by_hand.module(**batch(by_hand)).logits
-    assert (got - want).abs().max() <= 1e-10 * want.abs().max()
-
-
-# Ranks of their own
-
-
-@pytest.mark.parametrize("name", MIX)
-@at
-def test_clients_of_unequal_rank_get_their_rank(name, round, federation):
-    run = federation(strategy(name, MIXED, **OWN_UPDATE.get(name, {}))).advance(round)
-    for client, rank in enumerate(MIXED.ranks):
-        assert rank_of(run.strategy.broadcast(run.state, round, client).tensors) == rank
-    assert rank_of(run.strategy.broadcast(run.state, round, None).tensors) == 3
-    same = [run.strategy.broadcast(run.state, round, client) for client in (1, 3)]
-    assert same[0] is same[1]  # packed once for all clients of one rank
-
-
-@pytest.mark.parametrize("name", MIX)
-@at
-def test_with_unequal_ranks_clients_that_did_not_move_leave_the_model_up_to_what_is_cut(name, round, federation, distance):
-    """FLoRA's and FLoRIST's products begin at zero; FlexLoRA's and HetLoRA's low-rank clients send back less than the server has."""
-    run = federation(strategy(name, MIXED, **OWN_UPDATE.get(name, {}))).advance(round)
-    before = run.model()
-    run.take(run.play((1, 3), by=0.0)[0])  # of full rank
-    assert distance(run.model(), before) <= 1e-12
-
-
-@at
-def test_stacks_of_unequal_ranks_are_exact(round, federation, distance):
-    run = federation(strategy("flora", MIXED)).advance(round)
-    updates, trained = run.play((0, 1, 2, 3))
-    want = ideal(run, updates, trained)
-    run.take(updates)
-    assert distance(run.model(), want) <= 1e-12
