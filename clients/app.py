@@ -15,6 +15,7 @@ from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 from torch import Tensor
 
+from clients.budget import Budget
 from clients.engine import Engine
 from clients.held import Held
 from clients.lanes import Lanes, usual
@@ -27,15 +28,18 @@ from fedpeft.codecs.base import Codec, Payload
 from fedpeft.codecs.raw import Raw
 from fedpeft.config import ConfigError, load
 from fedpeft.messages import Broadcast
+from fedpeft.privacy.spending import BudgetSpent
+from fedpeft.privacy.unit import Example
 from fedpeft.records import (
     Packer,
+    digested,
     draw_up,
     from_records,
     pack_update,
     to_records,
     unpack_broadcast,
 )
-from fedpeft.setting import Setting, codec_of, downlink_of, open_setting, strategy_of
+from fedpeft.setting import Setting, codec_of, downlink_of, open_setting, privacy_of, strategy_of
 from fedpeft.strategy import Phase, Strategy
 from fedpeft.tensors import Tensors
 
@@ -73,6 +77,7 @@ class Site:
     memory: Memory
     feedback: bool = False  # what a lossy codec leaves out of an update is added to the next
     held: Held = field(default_factory=lambda: Held(Raw(), 0))
+    budget: Budget | None = None  # of single examples, where the run hides them
     known: Mapping[str, Any] = field(default_factory=dict)  # what the run measured before: lanes, and facts of each adapter
     _present: tuple[Adapted, Engine] | None = None
 
@@ -84,7 +89,7 @@ class Site:
             known = self.known.get("adapters", {}).get(adapter, {})
             made = Engine(
                 adapted, setting.train, config.engine, groups=setting.split.clients, batch=config.train.batch, lanes=self.lanes,
-                known=known, folder=self.memory.folder.parent,
+                known=known, folder=self.memory.folder.parent, backend="auto" if self.budget is None else self.budget.unit.backend,
             )  # fmt: skip
             self._present = (adapted, made)
         return self._present[1]
@@ -99,6 +104,9 @@ class Site:
         last = self.strategy.phase(round).adapter
         names = [name for name in self.setting.names if name != last] + [last]
         made = {name: self.engine(name).facts for name in names}
+        if self.budget is not None:
+            for client in range(self.setting.config.clients):
+                self.budget.terms(client)  # lanes share what was found
         if any(self.strategy.phase(round).keeps(name) for name in self.setting.on(last).parameters):
             self.engine(last).prepare(self.setting.test)
         return {"lanes": float(self.lanes), "adapters": made}
@@ -158,15 +166,24 @@ class Site:
             if found := self.memory.answered(ask.client, ask.round, ask.digest):
                 replies[ask.client] = found
         if len(replies) < len(order.asks):  # all of the wave again: another one rounds otherwise. What was answered stays answered.
-            for ask, made in self._trained(order.asks, broadcasts):
+            asks = order.asks if self.budget is None else [ask for ask in order.asks if ask.client not in replies]  # and is spent once
+            for ask, made in self._trained(asks, broadcasts):
                 replies.setdefault(ask.client, made)
         return [replies[ask.client] for ask in order.asks]
 
     def _trained(self, asks: Sequence[Ask], broadcasts: Mapping[str, Broadcast]) -> Iterator[tuple[Ask, Answer]]:
         phase = self.strategy.phase(asks[0].round)
         engine = self.engine(phase.adapter)
-        jobs = [self._job(ask, broadcasts[ask.digest], phase) for ask in asks]
-        for ask, job, done in zip(asks, jobs, engine.train(phase, jobs, round=asks[0].round), strict=True):
+        jobs, spent, able = [], dict[int, Mapping[str, float]](), list[Ask]()
+        for ask in asks:
+            try:
+                spent[ask.client] = {} if self.budget is None else self.budget.reserve(ask.client, ask.round, phase)
+            except BudgetSpent as fault:
+                yield ask, str(fault)
+                continue
+            able.append(ask)
+            jobs.append(self._job(ask, broadcasts[ask.digest], phase))
+        for ask, job, done in zip(able, jobs, engine.train(phase, jobs, round=asks[0].round), strict=True):
             if isinstance(done, ValueError):
                 yield ask, str(done)
                 continue
@@ -178,7 +195,7 @@ class Site:
             except ValueError as fault:
                 yield ask, str(fault)
                 continue
-            reply = Reply(payload, {"weight": update.weight, **update.metrics})
+            reply = Reply(payload, {"weight": update.weight, **update.metrics, **spent[ask.client]})
             if self.memory.answered(ask.client, ask.round, ask.digest) is None:
                 kept = keeps | {OWED + name: tensor for name, tensor in ((owed or {}) | left).items()}
                 self.memory.store(ask.client, phase.adapter, ask.round, ask.digest, kept, reply)
@@ -186,6 +203,8 @@ class Site:
 
     def _evaluated(self, asks: Sequence[Ask], broadcasts: Mapping[str, Broadcast]) -> list[Answer]:
         """How clients' own models (the broadcast under what each keeps) do on test sets that resemble their data."""
+        if self.budget is not None:
+            return ["privacy=example: an accuracy on labels like its own would tell of its examples without noise"] * len(asks)
         phase = self.strategy.phase(asks[0].round)
         engine = self.engine(phase.adapter)
         jobs, weights, answers = [], [], dict[int, Answer]()
@@ -217,6 +236,7 @@ class Site:
             ask.client, broadcast, self.setting.split.clients[ask.client], work,
             seeds.generator(config.seed, round=ask.round, client=ask.client, purpose="batches"),
             kept | rates(adapted, work, scales) if phase.rates else kept, scales,
+            None if self.budget is None else self.budget.private(ask.client, ask.round, phase),
         )  # fmt: skip
 
     def _owed(self, ask: Ask, phase: Phase) -> Tensors:
@@ -244,13 +264,16 @@ def site_of(setting: Setting, memory: Memory, *, known: Mapping[str, Any] | None
     """The site of a run's setting, as its config says."""
     config = setting.config
     codec, feedback = codec_of(config)
-    held, strategy = Held(downlink_of(config), config.seed, keeps=holds), strategy_of(config)
+    held = Held(downlink_of(config), config.seed, keeps=holds, starts=digested(setting.starts().values()))
+    strategy = strategy_of(config)
     if feedback and not strategy.phase(config.rounds).carries:
         log.warning(
             "strategy=%s makes factors anew in every round: what codec=%s leaves out of an update means nothing in the next and is lost",
             config.choices["strategy"], config.choices["codec"],
         )  # fmt: skip
-    return Site(setting, strategy, codec, memory, known=known or {}, feedback=feedback, held=held)
+    unit = privacy_of(config)
+    budget = Budget(unit, setting, strategy, memory.folder) if isinstance(unit, Example) else None
+    return Site(setting, strategy, codec, memory, known=known or {}, feedback=feedback, held=held, budget=budget)
 
 
 def lane_on_gpu(overrides: Sequence[str], memory: Path, known: Mapping[str, Any], lane: int) -> Callable[[Order], list[Answer]]:
@@ -316,6 +339,8 @@ def _whole(value: Any) -> int:
 def _site(overrides: str, run: int) -> Site:
     """The site of this process for one run of Flower's own engine, whose processes come and go: nothing is held between messages."""
     config = load(shlex.split(overrides))
+    if config.privacy.get("noise") == "seeded-insecure":
+        raise ConfigError("privacy.noise=seeded-insecure: whoever sent the seed could subtract the noise; it is for simulations alone")
     folder = Path(config.run.dir) if config.run.dir else Path(tempfile.gettempdir()) / f"fedpeft-{run}"
     return site_of(open_setting(config), Memory(folder / "memory"), holds=False)
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,12 +18,13 @@ from clients.evaluate import evaluate
 from clients.measure import measured
 from clients.plan import Plan
 from clients.prefix import Shortcut, plain, shortcut
+from clients.private import Backend, train_private
 from clients.stack import Stack
 from clients.stacked import Unstackable
 from clients.train import Job, train
 from clients.wave import Done, Wave
 from fedpeft.adapters.base import Adapted
-from fedpeft.config import Options
+from fedpeft.config import ConfigError, Options
 from fedpeft.models.base import Examples
 from fedpeft.models.score import Score
 from fedpeft.strategy import Phase
@@ -44,6 +46,7 @@ class Engine:
     lanes: int = 1
     known: Mapping[str, float] = field(default_factory=dict)
     folder: Path | None = None
+    backend: Backend | Literal["wave"] = "auto"  # of private clients: auto takes waves where they can be had
     _tests: Wave | None = None  # for the one set of examples that clients are scored on
 
     def train(self, phase: Phase, jobs: Sequence[Job], *, round: int) -> list[Done]:
@@ -82,7 +85,7 @@ class Engine:
 
     @cached_property
     def _wave(self) -> Wave | None:
-        if not self.options.stacked:
+        if not self.options.stacked or self.backend in ("hooks", "vmap", "loop"):
             return None
         start = self.adapted.read()
         try:
@@ -90,6 +93,8 @@ class Engine:
             whole = plain(stack, self.examples)
             check(stack, whole, start, loose=self._half)
         except Unstackable as why:
+            if self.backend == "wave":
+                raise ConfigError(f"privacy.backend=wave: {why}; set privacy.backend=auto") from why
             log.warning("clients are trained one at a time: %s", why)
             return None
         finally:
@@ -126,6 +131,10 @@ class Engine:
 
     def _alone(self, phase: Phase, job: Job, round: int) -> Done:
         try:
+            if job.private is not None:
+                return train_private(
+                    self.adapted, phase, self.examples, job, round=round, backend="auto" if self.backend == "wave" else self.backend
+                )
             return train(self.adapted, phase, self.examples, job, round=round)
         except OSError:
             raise

@@ -24,11 +24,12 @@ class _Public:
 
 @dataclass
 class Held:
-    """`downlink` is the codec of changes, `seed` the run's. With `keeps` False nothing is held between messages."""
+    """`downlink` is the codec of changes, `seed` the run's. With `keeps` False nothing is held between messages but `starts`."""
 
     downlink: Codec
     seed: int
     keeps: bool = True
+    starts: Mapping[str, Tensor] = field(default_factory=dict)  # by digest: what every client makes for itself from config, seed and base
     _tensors: dict[int, dict[str, Tensor]] = field(default_factory=dict)  # client -> digest -> tensor of the broadcast it answered last
     _known: WeakValueDictionary[str, Tensor] = field(default_factory=WeakValueDictionary)  # the same tensors once for all clients
     _public: _Public | None = None
@@ -39,7 +40,7 @@ class Held:
 
     def of(self, client: int) -> Mapping[str, Tensor]:
         """The tensors that `client` holds, by digest."""
-        return self._tensors.get(client, {})
+        return {**self.starts, **self._tensors.get(client, {})}
 
     def open(self, client: int, payload: Payload, facts: Mapping[str, object]) -> Broadcast | None:
         """The broadcast of a message to `client`; None if it leaves out what is not held here any more."""

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -14,10 +14,41 @@ from fedpeft.config import Training
 from fedpeft.messages import Broadcast, Update
 from fedpeft.models.base import Examples
 from fedpeft.models.score import losses
+from fedpeft.privacy.noise import Source
 from fedpeft.strategy import Phase
 from fedpeft.tensors import Tensors, is_head, only
 
 HEAD_RATE = 3.0  # the head starts from nothing: with the adapter's own rate banking77 ends 12 points lower after an epoch
+
+
+@dataclass(frozen=True, eq=False)
+class Private:
+    """How a client's sums of gradients are kept private (Abadi et al., CCS 2016, algorithm 1).
+
+    Each example's gradient over all trained tensors together is clipped to `clip`; noise of standard deviation `noise_multiplier * clip` is
+    added to a batch's sum; the sum is divided by `expected`, the expected and not the drawn size of a batch. `draw` gives the batches of
+    the client's rows.
+    """
+
+    clip: float
+    expected: float
+    noise_multiplier: float
+    source: Source
+    draw: Callable[[Tensor], Sequence[Tensor]]
+
+    def __post_init__(self) -> None:
+        if not (self.clip > 0 and self.expected > 0 and self.noise_multiplier >= 0):
+            raise ValueError(f"needed are a clip and an expected batch above 0 and a noise multiplier of at least 0, got {self}")
+
+    @property
+    def deviation(self) -> float:
+        """Standard deviation of the noise on a sum."""
+        return self.noise_multiplier * self.clip if self.noise_multiplier else 0.0
+
+
+def poisson(rows: Tensor, rate: float, steps: int, source: Source) -> list[Tensor]:
+    """`steps` batches in which each row lies with probability `rate`, independently; a batch may be empty."""
+    return [rows[source.uniform(len(rows)) < rate] for _ in range(steps)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +62,7 @@ class Job:
     rng: torch.Generator
     memory: Tensors = field(default_factory=dict)
     scales: Mapping[str, float] | None = None  # of its B factors, where its ranks are not the adapter's
+    private: Private | None = None
 
     @property
     def start(self) -> Tensors:
@@ -56,9 +88,14 @@ def train(adapted: Adapted, phase: Phase, examples: Examples, job: Job, *, round
 
 
 def finished(phase: Phase, job: Job, end: Tensors, seen: list[float], steps: int, seconds: float) -> tuple[Update, Tensors]:
-    """The update and the memory of a client that ended at `end` after batches of mean losses `seen`."""
+    """The update and the memory of a client that ended at `end` after batches of mean losses `seen`.
+
+    A private client says nothing of its examples but what was noised: not their loss, not their number, not how long they took.
+    """
     if phase.finish:
         end = phase.finish(end, job.start, steps)
+    if job.private is not None:
+        return Update(job.client, only(end, phase.shares), 1.0, {"steps": float(steps)}), only(end, phase.keeps)
     metrics = {"loss": sum(seen) / len(seen), "steps": float(steps), "seconds": seconds}
     return Update(job.client, only(end, phase.shares), float(len(job.rows)), metrics), only(end, phase.keeps)
 

@@ -5,9 +5,9 @@ w_i = 1 / (the client's batch), and steps all clients' optimizers at once. No sa
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,36 +19,11 @@ from clients.train import Job, batches, check_finite, dropout_keys, dropping, fi
 from fedpeft.lowrank import LowRank
 from fedpeft.messages import Update
 from fedpeft.models.score import Score, hits, losses
+from fedpeft.privacy.mechanism import add_noise, clip_each
 from fedpeft.strategy import Phase
 from fedpeft.tensors import Tensors
 
 Done = tuple[Update, Tensors] | ValueError
-Noise = Callable[[int, int], Tensor]  # (client, how many) -> that many independent standard normal numbers
-
-
-@dataclass(frozen=True)
-class Private:
-    """Clipped and noised sums of per-example gradients (Abadi et al., CCS 2016, algorithm 1), for every client of a wave alike.
-
-    Each example's gradient over all trained tensors together is clipped to `clip`; noise of standard deviation `noise_multiplier * clip` is
-    added to a client's sum; the sum is divided by `expected`, the expected and not the drawn size of a batch.
-    """
-
-    clip: float
-    expected: float
-    noise_multiplier: float = 0.0
-    noise: Noise | None = None
-
-    def __post_init__(self) -> None:
-        if not (self.clip > 0 and self.expected > 0 and self.noise_multiplier >= 0):
-            raise ValueError(f"needed are a clip and an expected batch above 0 and a noise multiplier of at least 0, got {self}")
-        if self.noise_multiplier and self.noise is None:
-            raise ValueError(f"noise_multiplier={self.noise_multiplier} needs a source of noise")
-
-
-def poisson(rows: Tensor, rate: float, steps: int, rng: torch.Generator) -> list[Tensor]:
-    """`steps` batches in which each row lies with probability `rate`, independently; a batch may be empty."""
-    return [rows[torch.rand(len(rows), generator=rng, dtype=torch.float64) < rate] for _ in range(steps)]
 
 
 @dataclass(frozen=True)
@@ -58,8 +33,6 @@ class Wave:
     way: Shortcut
     plain: Shortcut  # the whole model: for a `base_delta` below the lowest adapter
     plan: Plan
-    private: Private | None = None
-    draw: Callable[[Job], list[Tensor]] = field(default=lambda job: list(batches(job.rows, job.work, job.rng)))
 
     def train(self, phase: Phase, jobs: Sequence[Job], *, round: int) -> list[Done]:
         """Each job's update and memory, or the `ValueError` that it alone raised. All jobs have one `base_delta`."""
@@ -72,7 +45,7 @@ class Wave:
         try:
             if good:
                 with self._open(good) as (way, starts):
-                    run = _Run(way, self.plan, phase, good, starts, moving, self.private, self.draw)
+                    run = _Run(way, self.plan, phase, good, starts, moving)
                     seen = run.gradient() if phase.work == "gradient" else run.descend()
                     seconds = (time.perf_counter() - began) / len(good)
                     for k, job in enumerate(good):
@@ -139,10 +112,11 @@ class _Run:
     jobs: Sequence[Job]
     starts: list[Tensors]
     moving: list[str]
-    private: Private | None
-    draw: Callable[[Job], list[Tensor]]
 
     def __post_init__(self) -> None:
+        alike = {job.private is not None for job in self.jobs}
+        assert len(alike) == 1, "a wave is private as a whole or not at all"
+        self.private = alike.pop()
         clients = self.way.stack.clients
         for name, value in clients.values.items():
             value.requires_grad_(name in self.moving)
@@ -150,7 +124,7 @@ class _Run:
 
     def descend(self) -> list[list[float]]:
         """Local training; the mean loss of every batch of every client."""
-        drawn = [self.draw(job) for job in self.jobs]
+        drawn = [_drawn(job) for job in self.jobs]
         steps = torch.tensor([len(each) for each in drawn])
         descent = Descent(self.values, [job.work for job in self.jobs])
         groups = self._groups() if self.phase.loss else []
@@ -162,7 +136,7 @@ class _Run:
             keys = [torch.randint(2**31, (len(rows),), generator=draws[k], dtype=torch.int32) for k, rows in picked] if drops else []
             loss = self._accumulate(picked, keys)
             seen.append(loss)
-            grads = self._grads()
+            grads = self._grads(active)
             if self.phase.loss:
                 grads = self._with_term(grads, groups, active)
             descent.step(grads, active)
@@ -173,7 +147,7 @@ class _Run:
     def gradient(self) -> list[list[float]]:
         """One step of rate 1 along the gradient of each client's mean loss over all its rows, in boundary values."""
         with torch.enable_grad():
-            loss = self._accumulate([(k, job.rows) for k, job in enumerate(self.jobs)])
+            loss = self._accumulate([(k, _all(job)) for k, job in enumerate(self.jobs)])
         scales = self.way.stack.clients.scales
         for name, grad in self._grads().items():
             factor = scales.get(name)
@@ -208,37 +182,27 @@ class _Run:
 
     @torch.no_grad()
     def _add_clipped(self, whose: Tensor) -> None:
-        assert self.private is not None
+        """Adds the picked samples' gradients to their clients' sums, each clipped to its client's norm."""
         grads = self.way.stack.clients.grads_alone(self.moving)
-        norm = torch.stack([grad.flatten(1).double().square().sum(1) for grad in grads.values()]).sum(0).sqrt()
-        factor = (self.private.clip / (norm + 1e-6)).clamp(max=1.0)
-        broken = ~norm.isfinite()
+        clips = {job.private.clip for job in self.jobs if job.private is not None}
+        assert len(clips) == 1, "a wave has one clip"
+        clip_each(grads, clips.pop())
         for name, grad in grads.items():
-            if broken.any():
-                grad[broken] = 0.0
-            scaled = grad.mul_(factor.nan_to_num(0.0).to(grad.dtype).view(-1, *[1] * (grad.dim() - 1)))
-            self._sums[name].index_add_(0, whose, scaled)
+            self._sums[name].index_add_(0, whose, grad)
 
-    def _grads(self) -> Tensors:
-        if self.private is None:
+    def _grads(self, active: Tensor | None = None) -> Tensors:
+        """Of each client's picked batch; where the wave is private, the noised sum over the expected size of a batch."""
+        if not self.private:
             return {name: torch.zeros_like(value) if value.grad is None else value.grad for name, value in self.values.items()}
-        if self.private.noise_multiplier:
-            assert self.private.noise is not None
-            size = sum(value[0].numel() for value in self.values.values())
-            for k, job in enumerate(self.jobs):
-                self._add_noise(k, self.private.noise(job.client, size))
-        return {name: total.div_(self.private.expected) for name, total in self._sums.items()}
-
-    def _add_noise(self, k: int, drawn: Tensor) -> None:
-        """Adds one client's noise; entries that pad a smaller rank get none, they are no part of its adapter."""
-        assert self.private is not None
-        at = 0
-        for name, total in self._sums.items():
-            shape = self.starts[k][name].shape
-            many = shape.numel()
-            part = drawn[at : at + many].view(shape).to(total.device, total.dtype)
-            total[k][tuple(slice(size) for size in shape)].add_(part, alpha=self.private.noise_multiplier * self.private.clip)
-            at += many
+        for k, job in enumerate(self.jobs):
+            if job.private is None or (active is not None and not active[k]):
+                continue
+            shapes = {name: self.starts[k][name].shape for name in self._sums}  # entries that pad a smaller rank get no noise
+            mine = {name: self._sums[name][k][tuple(slice(size) for size in shape)] for name, shape in shapes.items()}
+            add_noise(mine, job.private.deviation, job.private.source)
+            for total in self._sums.values():
+                total[k].div_(job.private.expected)
+        return self._sums
 
     def _groups(self) -> list["_Group"]:
         """The clients whose starts have the same names and shapes: the phase's own term is computed for all of a group at once."""
@@ -281,9 +245,20 @@ class _Group:
     factors: Tensors  # of the boundary values, where they are not 1
 
 
+def _drawn(job: Job) -> list[Tensor]:
+    """The batches of a client's round."""
+    return list(batches(job.rows, job.work, job.rng) if job.private is None else job.private.draw(job.rows))
+
+
+def _all(job: Job) -> Tensor:
+    """The rows of a gradient round: all, or what a private client's query takes."""
+    return job.rows if job.private is None else job.private.draw(job.rows)[0]
+
+
 def _result(phase: Phase, job: Job, end: Tensors, seen: list[float], seconds: float, round: int) -> Done:
     try:
-        check_finite(seen, job.client, round)
+        if job.private is None:  # else one example's loss would stop the client, and tell that it is there
+            check_finite(seen, job.client, round)
         return finished(phase, job, end, seen, len(seen), seconds)
     except ValueError as fault:
         return fault

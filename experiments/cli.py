@@ -12,12 +12,15 @@ from typing import Annotated, Any
 
 import click
 import typer
+from click.core import ParameterSource
 from rich.console import Console
 
 from fedpeft.checkpoint import FREE
 from fedpeft.config import FAMILIES, ConfigError, app_folder, presets_of
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+privacy = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Differential privacy: what it costs, before and after a run.")
+app.add_typer(privacy, name="privacy")
 CONF = app_folder() / "experiments" / "conf"
 
 
@@ -128,6 +131,93 @@ def export(
 
 
 @app.command()
+def audit(
+    ctx: typer.Context,
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value ... of --run.", show_default=False)] = None,
+    noise_multiplier: Annotated[float, typer.Option(help="Standard deviation of a sum's noise over the clip.")] = 5.0,
+    clip: Annotated[float, typer.Option(help="Largest norm of one contribution.")] = 1.0,
+    expected: Annotated[float, typer.Option(help="Contributions that a sum is divided by.")] = 64.0,
+    steps: Annotated[int, typer.Option(help="Sums that are released.")] = 50,
+    delta: Annotated[float, typer.Option(help="Of the claim.")] = 1e-5,
+    canaries: Annotated[
+        int | None, typer.Option(help="Known contributions; more see more. Default 2000; of a run 200, or few beside its noise.")
+    ] = None,
+    leak: Annotated[bool, typer.Option("--leak", help="Instead: which tokens a client's update names.")] = False,
+    of_run: Annotated[bool, typer.Option("--run", help="Instead: a run with privacy=client, with canaries among its clients.")] = False,
+) -> None:
+    """Try to refute what the private mechanism claims, with canaries through its clip and noise. Exit code 1 if it is refuted.
+
+    --run simulates the run that OVERRIDES describe, as for `fedpeft run`, with canaries in every round, and estimates what it spent.
+    Its model is not kept.
+
+    \b
+    Examples:
+      fedpeft audit
+      fedpeft audit --run privacy=client clients=50 cohort=50
+    """
+    given = [f"--{name.replace('_', '-')}" for name in ctx.params if ctx.get_parameter_source(name) == ParameterSource.COMMANDLINE]
+    beside = set(given) & {"--overrides", "--noise-multiplier", "--clip", "--expected", "--steps", "--delta", "--leak"}
+    if of_run and (unknown := sorted(beside - {"--overrides"})):
+        raise ConfigError(f"{' '.join(unknown)}: --run has the run's own; set privacy.noise_multiplier=, privacy.clip= and the like")
+    if overrides and not of_run:
+        raise ConfigError(f"{' '.join(overrides)}: overrides describe a run; add --run")
+    if of_run:
+        from experiments.audit_run import audit_run
+        from experiments.progress import Progress
+
+        with Progress(silent=False) as progress:
+            code = audit_run(Console(), overrides or [], canaries=canaries, watch=progress.watch)
+        raise typer.Exit(code)
+    from experiments.audit import audit as refute
+    from experiments.audit import leak as show
+
+    numbers = {"noise_multiplier": noise_multiplier, "clip": clip, "expected": expected, "delta": delta}
+    many = 2000 if canaries is None else canaries
+    raise typer.Exit(show(Console()) if leak else refute(Console(), steps=steps, canaries=many, **numbers))
+
+
+@privacy.command()
+def plan(
+    unit: Annotated[str, typer.Option(help="Hide one example of a client, or one client: example, client.")] = "example",
+    epsilon: Annotated[float | None, typer.Option(help="The budget.", show_default=False)] = None,
+    delta: Annotated[float | None, typer.Option(help="Default min(1e-5, 1/(10 N)).", show_default=False)] = None,
+    noise: Annotated[float | None, typer.Option(help="Noise multiplier: standard deviation over clip.", show_default=False)] = None,
+    rounds: Annotated[int | None, typer.Option(help="That a client takes part in.", show_default=False)] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps a round; default as in a run.", show_default=False)] = None,
+    batch: Annotated[int | None, typer.Option(help="Expected examples of a step.", show_default=False)] = None,
+    examples: Annotated[int | None, typer.Option(help="N, of the smallest client.", show_default=False)] = None,
+    clients: Annotated[int | None, typer.Option(help="N, of unit client.", show_default=False)] = None,
+    cohort: Annotated[int | None, typer.Option(help="Expected clients of a round.", show_default=False)] = None,
+    poisson: Annotated[bool, typer.Option("--poisson", help="Secret coins choose a round's clients.")] = False,
+    picture: Annotated[Path | None, typer.Option(help="Draw epsilon over rounds into this .svg, .png or .pdf.", show_default=False)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Only the plan, as one JSON object.")] = False,
+) -> None:
+    """Of epsilon, noise, rounds and batch (or cohort), give all but one: the plan solves for that.
+
+    Epsilon is an upper bound by the privacy loss distributions of all releases; RDP's looser bound stands beside it.
+
+    \b
+    Examples:
+      fedpeft privacy plan --epsilon 8 --rounds 40 --batch 32 --examples 600
+      fedpeft privacy plan --noise 1.0 --rounds 40 --batch 32 --examples 600 --picture epsilon.svg
+      fedpeft privacy plan --epsilon 8 --noise 1.0 --rounds 40 --examples 600
+      fedpeft privacy plan --unit client --epsilon 8 --noise 5 --clients 1000
+      fedpeft privacy plan --unit client --epsilon 8 --rounds 100 --clients 1000 --cohort 50 --poisson
+    """
+    from experiments.privacy import Asked, as_dict, check_picture, draw, show
+    from experiments.privacy import plan as solve
+
+    check_picture(picture)
+    found = solve(Asked(unit, epsilon, delta, noise, rounds, steps, batch, examples, clients, cohort, poisson))
+    if picture:
+        draw(found, picture)
+    if as_json:
+        print(json.dumps(as_dict(found)))
+    else:
+        show(found, Console())
+
+
+@app.command()
 def compress(
     adapter: Annotated[Path, typer.Argument(help="A folder with adapter_config.json and adapter_model.safetensors.")],
     to: Annotated[Path, typer.Option("--to", "-o", help="The file to write.")],
@@ -201,6 +291,18 @@ def sweep(
     print(f"{folder / 'table.md'}, table.json, picture.svg")
 
 
+@privacy.command("report")
+def privacy_report(
+    run_dir: Annotated[Path, typer.Argument(help="The folder of a run with privacy=example or privacy=client.")],
+    picture: Annotated[Path | None, typer.Option(help="Draw epsilon over the rounds (.svg, .png or .pdf).", show_default=False)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Only one JSON object.")] = False,
+) -> None:
+    """What a run has spent, client by client, and what its epsilon means: also of a run that was stopped."""
+    from experiments.privacy_report import show
+
+    show(run_dir, as_json=as_json, picture=picture)
+
+
 def _result(summary: Any, seconds: float) -> dict[str, Any]:
     head = summary.head_only
     return {
@@ -214,7 +316,9 @@ def _result(summary: Any, seconds: float) -> dict[str, Any]:
         "parameters": summary.outcome.parameters,
         "seconds": seconds,
         "seconds_of_rounds": summary.outcome.seconds,
-        "epsilon": None,
+        "epsilon": summary.outcome.epsilon,
+        "privacy": list(summary.outcome.stated),
+        "rounds": summary.outcome.rounds,
         "run_dir": str(summary.folder),
     }
 

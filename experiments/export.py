@@ -30,7 +30,8 @@ def export_run(run_dir: Path, to: Path, *, rank: int | None, merge: bool) -> str
     error = export_as(setting, name, sent, to, rank=rank, merge=merge)
     if not merge:
         facts = found.facts
-        text = card(config, setting, to, zero_shot=facts["zero_shot"], final=facts["accuracy"], measure=facts["measure"])
+        accuracy = {"zero_shot": facts["zero_shot"], "final": facts["accuracy"]}
+        text = card(config, setting, to, **accuracy, measure=facts["measure"], epsilon=facts["epsilon"])
         write_text(to / "README.md", text)
     what = "the base with the adapter merged in" if merge else "a PEFT adapter"
     cut = "" if rank is None else f", cut to rank {rank}: relative error {error:.3g}"

@@ -2,6 +2,8 @@
 
 import math
 import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, Self
 
 from rich.console import Console
@@ -10,6 +12,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from fedpeft.config import Config
+from fedpeft.ledger import Ledger
 
 LINES = 10  # plain lines a run prints besides its evaluations
 
@@ -66,17 +69,34 @@ class Progress:
             table.add_row("federated, head only (one model for all)", f"{accuracy['head_only']:.3f}")
         note = " (clients' own models, on labels like their own)" if accuracy["measure"] == "personal" else ""
         table.add_row("federated, adapter and head", f"[bold]{accuracy['final']:.3f}[/bold]{note}")
-        table.add_row("payload bytes up / down", f"{size(result['bytes']['up'])} / {size(result['bytes']['down'])}")
+        for name, text in payloads(Ledger(Path(result["run_dir"]) / "ledger.jsonl").entries()):
+            table.add_row(name, text)
+        if result["epsilon"] is not None:
+            table.add_row("epsilon", f"{result['epsilon']:.3f}")
         table.add_row("seconds", f"{result['seconds']:.1f}")
         table.add_row("run folder", result["run_dir"])
         table.add_row("report", f"{result['run_dir']}/report.html")
         self._console.print(table)
+        for line in result["privacy"]:
+            self._console.print(f"- {line}", highlight=False)
 
     def _facts(self, what: str, entry: dict[str, Any]) -> str:
         seen = self._accuracy.get(what)
         loss = "loss    -" if entry["loss"] is None else f"loss {entry['loss']:.3f}"
         accuracy = "" if seen is None else f"  accuracy {seen:.3f}"
+        accuracy += "" if entry["epsilon"] is None else f"  epsilon {entry['epsilon']:.2f}"
         return f"{loss}{accuracy}  up {size(entry['total_up'])}  down {size(entry['total_down'])}"
+
+
+def payloads(entries: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """What a run's rounds sent, each way, against the same tensors as they are (raw) and, where its codec has one, the entropy bound."""
+    rows, held = [], list(entries)
+    for way in ("up", "down"):
+        sent, raw, least = (sum(entry.get(f"{what}_{way}") or 0 for entry in held) for what in ("bytes", "bytes_raw", "entropy"))
+        facts = [f"raw / {raw / sent:.3g}"] if sent and raw else []
+        facts += [f"entropy x {sent / least:.2f}"] if least else []
+        rows.append((f"payloads {way}", size(sent) + (f" ({', '.join(facts)})" if facts else "")))
+    return rows
 
 
 def size(count: float) -> str:

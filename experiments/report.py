@@ -6,13 +6,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-from experiments.progress import size
+from experiments.progress import payloads
 from fedpeft.config import ConfigError
 from fedpeft.ledger import Ledger, write_text
 
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1a1a1a}
 table{border-collapse:collapse}td,th{padding:.25rem 1rem .25rem 0;text-align:left;vertical-align:top}
 td.n{text-align:right;font-variant-numeric:tabular-nums}svg{max-width:100%;height:auto}pre{background:#f4f4f4;padding:1rem;overflow:auto}"""
+PAYLOADS = (
+    "Payloads: headers and data of all training messages. Raw: the same tensors as they are. Entropy: what supports and signs (or values) "
+    "need at the least, if what is sent of a tensor may lie anywhere in it."
+)
 
 
 def write_report(folder: Path, result: dict[str, Any]) -> Path:
@@ -52,7 +56,7 @@ def _page(folder: Path, result: dict[str, Any], entries: list[dict[str, Any]], b
         ("federated, head only (one model for all)", _percent(accuracy["head_only"])),
         (f"federated, adapter and head ({accuracy['measure']} model)", _percent(accuracy["final"])),
         ("trained parameters", f"{result['parameters']:,}"),
-        ("payload bytes up / down", f"{size(result['bytes']['up'])} / {size(result['bytes']['down'])}"),
+        *payloads(entries),
         ("aggregation error, last round", _last_error(entries)),
         ("seconds", f"{result['seconds']:.1f}"),
         ("epsilon", "none: no differential privacy" if result["epsilon"] is None else f"{result['epsilon']:.3f}"),
@@ -63,7 +67,9 @@ def _page(folder: Path, result: dict[str, Any], entries: list[dict[str, Any]], b
     config = html.escape((folder / "config.yaml").read_text()) if (folder / "config.yaml").exists() else ""
     parts = [
         f"<!doctype html><html lang=en><meta charset=utf-8><title>fedpeft {html.escape(folder.name)}</title><style>{STYLE}</style>",
-        f"<h1>{html.escape(folder.name)}</h1><table>{table}</table><h2>Rounds</h2>{_svg(_curves(entries, baseline, accuracy))}",
+        f"<h1>{html.escape(folder.name)}</h1><table>{table}</table><p>{PAYLOADS}</p>",
+        f"<h2>Rounds</h2>{_svg(_curves(entries, baseline, accuracy))}",
+        _privacy(result, entries),
         _aggregation(entries),
         f"<h2>Who owned what</h2><p>{html.escape(_described(split))}</p>{_histogram(split)}" if split else "",
         f"<h2>Faults</h2><ul>{listed}</ul><h2>Config</h2><pre>{config}</pre></html>",
@@ -84,9 +90,22 @@ def _curves(entries: list[dict[str, Any]], baseline: list[dict[str, Any]], accur
         right.plot([e["round"] + 1 for e in entries], [e[key] / 1e6 for e in entries], color=color, label=name)
     for axis, title in ((left, "test accuracy"), (middle, "training loss"), (right, "payload megabytes, total")):
         axis.set(title=title, xlabel="round")
-        axis.legend(frameon=False)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(frameon=False)
     left.set_ylim(0, 1)
     return figure
+
+
+def _privacy(result: dict[str, Any], entries: list[dict[str, Any]]) -> str:
+    """What epsilon means, and how it grew."""
+    if result["epsilon"] is None:
+        return ""
+    figure, (axis,) = _figure(1, (6, 3.0))
+    axis.plot([entry["round"] + 1 for entry in entries], [entry["epsilon"] for entry in entries], color="C4")
+    axis.set(title="epsilon of the client that spent most", xlabel="round")
+    axis.set_ylim(0)
+    listed = "".join(f"<li>{html.escape(line)}</li>" for line in result["privacy"])
+    return f"<h2>Privacy</h2><ul>{listed}</ul>{_svg(figure)}"
 
 
 def _aggregation(entries: list[dict[str, Any]]) -> str:

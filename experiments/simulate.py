@@ -17,6 +17,7 @@ from fedpeft.data.partition import describe, histogram
 from fedpeft.setting import Setting, open_setting
 from fedpeft.simulation import InProcessGrid
 from server.app import Outcome, federate
+from server.canaries import Canaries
 from server.folder import Folder, create, reopen
 
 BASELINE = "head_only"  # the folder of the baseline inside a run's
@@ -32,8 +33,11 @@ class Summary:
     head_only: Outcome | None
 
 
-def simulate(overrides: Sequence[str], *, resume: Path | None = None, watch: Watch = lambda what, config, entry: None) -> Summary:
-    """Runs what `overrides` describe, or goes on with the run in folder `resume`."""
+def simulate(
+    overrides: Sequence[str], *, resume: Path | None = None, watch: Watch = lambda what, config, entry: None,
+    canaries: Canaries | None = None,
+) -> Summary:  # fmt: skip
+    """Runs what `overrides` describe, or goes on with the run in folder `resume`; `canaries` join the rounds of a client-private run."""
     if resume is not None and overrides:
         raise ConfigError(f"--resume takes the config of {resume} as it is; leave out {' '.join(overrides)}, or begin another run")
     if resume is not None:
@@ -51,9 +55,9 @@ def simulate(overrides: Sequence[str], *, resume: Path | None = None, watch: Wat
         folder = create(Path(config.run.dir) if config.run.dir else _unused(config.choices["strategy"]), config, overrides)
     if not (folder.path / "split.json").exists():
         folder.write("split.json", _split(setting))
-    main = _drive("run", config, setting, folder, watch)
+    main = _drive("run", config, setting, folder, watch, canaries)
     head_only = None
-    if config.evaluate.head_only and setting.base.head and config.choices["adapter"] != "head":
+    if config.evaluate.head_only and not config.private and setting.base.head and config.choices["adapter"] != "head":
         head_only = _baseline(overrides, setting, folder, watch)
     return Summary(folder.path, main, head_only)
 
@@ -76,9 +80,9 @@ def _unused(strategy: str) -> Path:
     return next(place for place in candidates if not place.exists())
 
 
-def _drive(what: str, config: Config, setting: Setting, folder: Folder, watch: Watch) -> Outcome:
+def _drive(what: str, config: Config, setting: Setting, folder: Folder, watch: Watch, canaries: Canaries | None = None) -> Outcome:
     known: dict[str, Any] = folder.manifest()["measured"]
-    memory = Memory(folder.path / "memory", replies=False)
+    memory = Memory(folder.path / "memory", replies=config.private)  # what was spent on a reply is not spent twice
     site = site_of(setting, memory, known=known)
     measured = site.prepare(_next_round(folder, config))
     if not known:
@@ -86,7 +90,7 @@ def _drive(what: str, config: Config, setting: Setting, folder: Folder, watch: W
     nodes = {InProcessGrid.FIRST + client: client for client in range(config.clients)}
     with _lanes(site, folder, setting) as lanes:
         grid = InProcessGrid(serve(site, nodes, lanes), config.clients)
-        steps: Generator[dict[str, Any], None, Outcome] = federate(config, setting, grid, folder)
+        steps: Generator[dict[str, Any], None, Outcome] = federate(config, setting, grid, folder, canaries=canaries)
         while True:
             try:
                 watch(what, config, next(steps))

@@ -50,6 +50,7 @@ class Found:
     down: float
     seconds: float  # of all rounds
     zero_shot: float
+    epsilon: float | None = None  # spent by the client that spent most
 
 
 Watch = Callable[[int, int, str], None]  # (runs done, runs in all, what ended)
@@ -79,7 +80,7 @@ def sweep(words: Sequence[str], folder: Path, *, processes: int, watch: Watch) -
     name, study = read_study(words)
     folder.mkdir(parents=True, exist_ok=True)
     task = study["tasks"][study["task"]]
-    tuning = [] if all(len(rates) == 1 for rates in study["rates"].values()) else _cells(study, [study["tune_seed"]])
+    tuning = [] if all(len(rates) == 1 for rates in _rates(study).values()) else _cells(study, [study["tune_seed"]])
     done = _known(folder)
     todo = [cell for cell in tuning if cell.key not in done]
     final = _cells(study, study["seeds"])
@@ -96,26 +97,32 @@ def sweep(words: Sequence[str], folder: Path, *, processes: int, watch: Watch) -
         done[cell.key] = result
         watch(ended := ended + 1, whole, _said(cell, result))
     rows = _rows(study, chosen, done)
-    facts = {"study": name, "words": list(words), "seeds": study["seeds"], "tune_seed": study["tune_seed"], "rates": study["rates"],
+    facts = {"study": name, "words": list(words), "seeds": study["seeds"], "tune_seed": study["tune_seed"], "rates": _rates(study),
              "common": task["common"], "late": task["late"], "versions": versions(), "machine": platform.machine()}  # fmt: skip
     write_text(folder / "table.json", json.dumps({"facts": facts, "rows": rows}, indent=2) + "\n")
     write_text(folder / "table.md", table(rows, list(task["partitions"])))
-    draw = pareto if study.get("picture") == "pareto" else picture
+    draw = {"pareto": pareto, "lines": across}.get(study.get("picture", ""), picture)
     draw(rows, list(task["partitions"]), folder / "picture.svg")
     return folder
 
 
 def _cells(study: Mapping[str, Any], seeds: Sequence[int]) -> list[Cell]:
     task, made = study["tasks"][study["task"]], []
+    rates = _rates(study)
     for method, spec in study["methods"].items():
         for partition, split in task["partitions"].items():
-            for rate in study["rates"][spec.get("rates", "adamw")]:
+            for rate in rates[spec.get("rates", "adamw")]:
                 own = any(word.startswith("adapter=") for word in spec["run"])  # fields of the task's adapter are no fields of this one
                 common = [word for word in task["common"] if not (own and word.startswith("adapter."))]
                 for seed in seeds:
                     words = (*common, *split, *spec["run"], f"train.lr={rate}", f"seed={seed}")
                     made.append(Cell(method, partition, rate, seed, words))
     return made
+
+
+def _rates(study: Mapping[str, Any]) -> dict[str, list[float]]:
+    """The learning rates of each optimizer: the task's own where it has some."""
+    return {**study["rates"], **study["tasks"][study["task"]].get("rates", {})}
 
 
 def _chosen(study: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
@@ -183,6 +190,7 @@ def _run(overrides: tuple[str, ...], late: tuple[int, ...]) -> Found | str:
         mean(entry["accuracy"] for entry in seen), mean(owns) if owns else None, mean(errors) if errors else None,
         summary.outcome.bytes_up / len(entries), summary.outcome.bytes_down / len(entries),
         sum(float(str(entry["round_seconds"])) for entry in entries), summary.outcome.zero_shot,
+        summary.outcome.epsilon,
     )  # fmt: skip
 
 
@@ -210,15 +218,17 @@ def _rows(study: Mapping[str, Any], chosen: Sequence[Cell], done: Mapping[str, F
                 each = {key: [run[key] for run in part["runs"] if run[key] is not None] for key in part["runs"][0]}
                 part |= {key: interval(values) for key, values in each.items() if key in ("accuracy", "own") and values}
                 part |= {key: statistics.mean(each[key]) for key in ("error", "up", "down", "seconds", "zero_shot") if each[key]}
+                part |= {"epsilon": max(each["epsilon"])} if each["epsilon"] else {}
         rows.append(row)
     return rows
 
 
 def table(rows: Sequence[Mapping[str, Any]], partitions: Sequence[str]) -> str:
-    """The rows as markdown."""
+    """The rows as markdown; accuracies on own labels only if they were measured."""
+    own = any("own" in row.get(name, {}) for row in rows for name in partitions)
     head = ["method"]
     for name in partitions:
-        head += [f"{name}: accuracy", "on own labels", "lr"]
+        head += [f"{name}: accuracy", *(["on own labels"] if own else []), "lr"]
     head += ["kB up", "kB down", "s", "aggregation error"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     first: Mapping[str, Any] = next((row[name] for row in rows for name in partitions if "zero_shot" in row.get(name, {})), {})
@@ -227,9 +237,9 @@ def table(rows: Sequence[Mapping[str, Any]], partitions: Sequence[str]) -> str:
         for name in partitions:
             part = row.get(name, {})
             if part.get("faults"):
-                cells += [f"failed: {part['faults'][0][:60]}", "", ""]
+                cells += [f"failed: {part['faults'][0][:60]}", *([""] if own else []), ""]
             else:
-                cells += [_pm(part.get("accuracy")), _pm(part.get("own")), f"{part['rate']:g}" if part else ""]
+                cells += [_pm(part.get("accuracy")), *([_pm(part.get("own"))] if own else []), f"{part['rate']:g}" if part else ""]
         parts = [row[name] for name in partitions if "up" in row.get(name, {})]
         for key, form in (("up", "{:.0f}"), ("down", "{:.0f}"), ("seconds", "{:.1f}")):
             scale = 1000 if key != "seconds" else 1
@@ -239,6 +249,9 @@ def table(rows: Sequence[Mapping[str, Any]], partitions: Sequence[str]) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     if first:
         lines.append(f"\nBefore training (no adapter): {first['zero_shot']:.3f}.")
+    spent = [part["epsilon"] for row in rows for name in partitions if "epsilon" in (part := row.get(name, {}))]
+    if spent:
+        lines.append(f"\nEpsilon as the accountant counted it, largest of all runs: {max(spent):.3f}.")
     return "\n".join(lines) + "\n"
 
 
@@ -282,6 +295,28 @@ def pareto(rows: Sequence[Mapping[str, Any]], partitions: Sequence[str], to: Pat
         axis.set(title=name, xlabel="kB up a round, all clients", ylabel="accuracy", xscale="log")
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(to, metadata={"Date": None})
+
+
+def across(rows: Sequence[Mapping[str, Any]], partitions: Sequence[str], to: Path) -> None:
+    """Accuracy over the partitions in their order, a line for each method."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.5, 4), layout="constrained")
+    axis = figure.add_subplot()
+    for many, row in enumerate(rows):
+        seen = [(place + 0.06 * many, *row[name]["accuracy"]) for place, name in enumerate(partitions) if "accuracy" in row.get(name, {})]
+        if seen:
+            places, means, halves = zip(*seen, strict=True)
+            axis.errorbar(places, means, yerr=halves, fmt="o-", ms=4, capsize=2, lw=1, label=row["method"])
+    axis.set_xticks(range(len(partitions)), partitions)
+    axis.set(ylabel="accuracy")
+    axis.legend(frameon=False)
+    axis.grid(axis="y", alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(to, metadata={"Date": None})
 
 

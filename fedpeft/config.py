@@ -9,7 +9,7 @@ import importlib
 import inspect
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -85,7 +85,7 @@ class Config:
     min_clients: int  # answers a round needs
     deadline: float | None  # seconds from broadcast to the last accepted update; None: no limit
     feedback: bool  # what a lossy codec leaves out of a client's update is added to its next
-    weights: Literal["examples", "uniform"]  # what a client's update counts: its examples, or one
+    weights: Literal["examples", "uniform"] | None  # what a client's update counts: its examples, or one; None: one if the run is private
     devices: Any  # ranks of the clients' devices, see fedpeft/devices.py; None: all have the adapter's
     run: Run
     train: Training
@@ -101,6 +101,11 @@ class Config:
     select: Spec
     mean: Spec
     choices: Mapping[str, str] = field(default_factory=dict)  # the preset chosen in each family
+
+    @property
+    def private(self) -> bool:
+        """True if the run hides an example or a client."""
+        return self.choices.get("privacy", "none") != "none"
 
 
 def app_folder() -> Path:
@@ -128,6 +133,8 @@ def load(overrides: Sequence[str], presets: Path | None = None) -> Config:
     usual: Any = OmegaConf.to_container(tree)
     chosen = {_key(text): text.partition("=")[2] for text in groups}
     config = _typed(plain, usual, {**_defaults(presets), **chosen}, faults)
+    if config.weights is None:
+        config = replace(config, weights="uniform" if config.private else "examples")
     faults += check(config)
     if faults:
         raise ConfigError("\n".join(dict.fromkeys(faults)))
@@ -175,7 +182,7 @@ def check(config: Config) -> list[str]:
     if config.evaluate.every < 1 or config.evaluate.batch < 1:
         faults.append(f"evaluate.every={config.evaluate.every}, evaluate.batch={config.evaluate.batch}: needed is at least 1")
     faults += _of_engine(config)
-    if config.weights not in get_args(Config.__annotations__["weights"]):
+    if config.weights not in ("examples", "uniform"):
         faults.append(f"weights={config.weights}: needed is examples or uniform")
     faults += _of_devices(config)
     if config.run.threads < 1 or config.run.keep < 1:
@@ -187,8 +194,6 @@ def check(config: Config) -> list[str]:
         faults.append(f"data.min_examples={least}: needed is a whole number")
     elif least < 1:
         faults.append(f"data.min_examples={least}: needed is at least 1")
-    if config.privacy.get("unit") is not None:
-        faults.append(f"privacy.unit={config.privacy['unit']}: privacy=none adds no noise, so nobody would be hidden; leave it null")
     return faults
 
 
@@ -357,7 +362,9 @@ def _is_number(value: object) -> bool:
 
 def _cast(cls: type, name: str, value: Any, usual: Any, shown: str, faults: list[str]) -> Any:
     kind = next(f.type for f in fields(cls) if f.name == name)
-    kinds: tuple[type, ...] = tuple(a for a in get_args(kind) if isinstance(a, type)) or ((kind,) if isinstance(kind, type) else (str,))
+    kinds: tuple[type, ...] = tuple(a if isinstance(a, type) else str for a in get_args(kind)) or (
+        (kind,) if isinstance(kind, type) else (str,)
+    )
     if float in kinds and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):

@@ -5,7 +5,7 @@ A tensor that the receiver already holds (same digest as in the broadcast it ans
 
 import hashlib
 import json
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -69,6 +69,11 @@ class Packer:
             whole = _digest("".join(name + digest for name, (_, digest, _) in rows.items()).encode())
             self._tensors[id(broadcast)] = (broadcast, rows, whole)
         return self._tensors[id(broadcast)]
+
+
+def digested(starts: Iterable[Tensors]) -> dict[str, torch.Tensor]:
+    """Digest -> tensor of what a client makes for itself from config, seed and base, and need not be sent."""
+    return {digest: tensor for tensors in starts for digest, tensor in Packer().store(Broadcast(tensors))[1].items()}
 
 
 def unpack_broadcast(payload: Payload, held: Mapping[str, torch.Tensor], store: MutableMapping[str, torch.Tensor]) -> Broadcast:
@@ -140,9 +145,13 @@ def pack_update(
 
 
 def unpack_update(
-    payload: Payload, facts: Mapping[str, float], client: int, sent: Broadcast, codec: Codec, *, seed: int = 0, shares: Names = everything
+    payload: Payload, facts: Mapping[str, float], client: int, sent: Broadcast, codec: Codec, *, seed: int = 0, shares: Names = everything,
+    seen: Callable[[Tensors], None] = lambda decoded: None,
 ) -> Update:  # fmt: skip
-    """The update of `client`. The bytes are hostile: `ValueError` unless header and data fit one another and what was sent."""
+    """The update of `client`; `seen` is shown what the codec gave: of a lossy one differences, whose zeros are gone from the update.
+
+    The bytes are hostile: `ValueError` unless header and data fit one another and what was sent.
+    """
     specs: Layout = layout(only(sent.tensors, shares)) if payload.header == SAME else parse(_json(payload.header))
     for spec in () if codec.lossless else specs:  # before anything is decoded: a lossy codec's few bytes can stand for many entries
         like = sent.tensors.get(spec.name)
@@ -153,7 +162,9 @@ def unpack_update(
     tensors = codec.decode(payload.data, specs, seed=seed)
     metrics = {name: value for name, value in facts.items() if name != "weight"}
     values = tensors if codec.lossless else restored(tensors, sent.tensors)
-    return Update(client, values, float(facts["weight"]), metrics)
+    made = Update(client, values, float(facts["weight"]), metrics)
+    seen(tensors)
+    return made
 
 
 def _said(specs: Layout, sent: Broadcast, shares: Names | None) -> str:

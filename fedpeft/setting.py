@@ -20,6 +20,8 @@ from fedpeft.data.table import Dataset, Source
 from fedpeft.devices import Device, devices
 from fedpeft.lowrank import rank_of
 from fedpeft.models.base import Base, Examples, ModelSource
+from fedpeft.privacy import linter
+from fedpeft.privacy.unit import Unit
 from fedpeft.strategy import Federation, Strategy
 from fedpeft.tensors import Tensors, is_b
 
@@ -156,7 +158,10 @@ def open_setting(config: Config, *, base: Base | None = None) -> Setting:
         names = tuple(dict.fromkeys(strategy.phase(round).adapter for round in range(config.rounds + 1)))
         adapters = {"main": adapter} | {name: strategy.adapters[name](adapter) for name in names if name != "main"}
         made = Setting(config, dataset, base, adapters, names)
-        _ = made.split
+        sizes = [len(rows) for rows in made.split.clients]
+        unit = privacy_of(config)
+        if unit is not None and (found := linter.faults(linter.Facts(config, unit, strategy, sizes, base.module))):
+            raise ConfigError("\n".join(found))
         starts = made.starts()
         try:
             check_ranks(config, strategy, strategy.init(starts))  # what cannot be says so before anything is written
@@ -197,6 +202,12 @@ def downlink_of(config: Config) -> Codec:
     return made
 
 
+def privacy_of(config: Config) -> Unit | None:
+    """Whose presence the run hides; None: nobody's."""
+    made: Unit | None = build(config.privacy)
+    return made
+
+
 def check_ranks(config: Config, strategy: Strategy[Any], state: Any) -> None:
     """Raises `ValueError` if clients' ranks differ and the strategy sends them another than theirs."""
     each = devices(config.devices, clients=config.clients, seed=config.seed)
@@ -233,7 +244,7 @@ def _built(config: Config) -> tuple[Source, ModelSource, Adapter, Strategy[Any]]
     """Sources of data and model, adapter, strategy; a preset of any family that refuses its fields is reported together with all others."""
     faults: list[str] = []
     made: dict[str, Any] = {}
-    for family in ("data", "model", "adapter", "strategy", "codec", "downlink", "select", "mean"):
+    for family in ("data", "model", "adapter", "strategy", "codec", "downlink", "privacy", "select", "mean"):
         try:
             spec = getattr(config, family)
             made[family] = strategy_of(config) if family == "strategy" else build(spec, leaves_out=("partition", "min_examples"))

@@ -1,5 +1,7 @@
 """ServerApp: config -> objects -> rounds, with a ledger line, an evaluation and a checkpoint after each."""
 
+import logging
+import math
 import shlex
 import time
 from collections.abc import Generator, Mapping
@@ -12,20 +14,25 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedpeft import checkpoint
 from fedpeft.checkpoint import Checkpoint
+from fedpeft.cohort import fixed
 from fedpeft.config import Config, ConfigError, build, load, shown
 from fedpeft.ledger import write_text
 from fedpeft.lowrank import LowRank
 from fedpeft.messages import Broadcast
-from fedpeft.setting import Setting, codec_of, downlink_of, open_setting, strategy_of
+from fedpeft.privacy.spending import Spending
+from fedpeft.privacy.unit import Client
+from fedpeft.records import digested
+from fedpeft.setting import Setting, codec_of, downlink_of, open_setting, privacy_of, strategy_of
 from fedpeft.strategy import Strategy
-from fedpeft.tensors import is_own
-from server.card import card
+from fedpeft.tensors import Tensors, is_own
+from server.canaries import Canaries
+from server.card import card, stated
 from server.evaluate import Measured, central, is_personal, personal
 from server.exchange import Exchange, Traffic, connect
 from server.export import export
 from server.folder import Folder, create, reopen, versions
-from server.rounds import Round, run
-from server.sampling import fixed
+from server.private import Hidden
+from server.rounds import Exhausted, Round, run
 from server.stream import Stream
 
 
@@ -41,13 +48,19 @@ class Outcome:
     bytes_down: int
     seconds: float  # of rounds, evaluations and checkpoints; of all sittings of a resumed run
     parameters: int  # entries of the adapter and the head
+    epsilon: float | None  # spent by the client that spent most; None: no differential privacy
+    stated: tuple[str, ...]  # what that means
+    rounds: int  # that were run: fewer than were asked for if the privacy budget ended before
 
 
+log = logging.getLogger("fedpeft")
 Entry = dict[str, Any]
 Totals = dict[str, Any]
 
 
-def federate(config: Config, setting: Setting, grid: Grid, folder: Folder) -> Generator[Entry, None, Outcome]:
+def federate(
+    config: Config, setting: Setting, grid: Grid, folder: Folder, *, canaries: Canaries | None = None
+) -> Generator[Entry, None, Outcome]:  # fmt: skip
     """Runs all rounds that `folder` has not yet, yielding each round's ledger entry, and exports the adapter.
 
     A run that was killed at any moment ends with the same adapter: it goes on from its last whole checkpoint, and clients answer a
@@ -57,44 +70,58 @@ def federate(config: Config, setting: Setting, grid: Grid, folder: Folder) -> Ge
     strategy: Strategy[Any] = strategy_of(config)
     (codec, _), down = codec_of(config), downlink_of(config)
     stream = None if down.lossless else Stream(down, config.seed)
-    exchange = connect(grid, codec, config.clients, deadline=config.deadline, seed=config.seed, stream=stream)
-    first, state, totals = _start(config, setting, strategy, folder, stream)
+    starts = setting.starts()
+    known = frozenset(digested(starts.values()))
+    exchange = connect(grid, codec, config.clients, deadline=config.deadline, seed=config.seed, stream=stream, starts=known)
+    first, state, totals = _start(config, setting, strategy, starts, folder, stream)
     folder.ledger.rewind(first)
-    draw, mean, select = fixed(config.clients, config.cohort, config.seed), build(config.mean), build(config.select)
-    for done in run(
-        strategy, state, exchange, draw, mean, first=first, rounds=config.rounds, min_clients=config.min_clients, select=select,
-        weights=config.weights,
-    ):  # fmt: skip
-        state = done.state
-        evaluation = Traffic()
-        found = _evaluated(config, setting, strategy, done, exchange, evaluation)
-        totals |= {name: totals[name] + more for name, more in (("up", done.traffic.up), ("down", done.traffic.down))}
-        if found is not None:
-            totals |= {"accuracy": found.accuracy, "loss": found.loss, "measure": found.of}
-        now = time.perf_counter()
-        totals, began = totals | {"seconds": totals["seconds"] + now - began}, now
-        entry = _entry(done, found, evaluation, totals)
-        folder.ledger.append(entry)
-        kept = (state, None if stream is None else stream.public)
-        facts = totals if stream is None else totals | {"version": stream.version}
-        checkpoint.save(Checkpoint(done.round + 1, kept, facts), folder.checkpoints, keep=config.run.keep)
-        yield entry
-    last = strategy.broadcast(state, config.rounds, None)
-    export(setting, strategy.phase(config.rounds).adapter, last, folder.adapter)
-    text = card(config, setting, folder.adapter, zero_shot=totals["zero_shot"], final=totals["accuracy"], measure=totals["measure"])
+    hidden, mean, select = hidden_of(config, folder, canaries), build(config.mean), build(config.select)
+    draw = fixed(config.clients, config.cohort, config.seed) if hidden is None else hidden.draw
+    reached = first
+    try:
+        for done in run(
+            strategy, state, exchange, draw, mean, first=first, rounds=config.rounds, min_clients=config.min_clients, select=select,
+            weights=config.weights or "examples", hidden=hidden,
+        ):  # fmt: skip
+            state, reached = done.state, done.round + 1
+            evaluation = Traffic()
+            found = _evaluated(config, setting, strategy, done, exchange, evaluation)
+            totals |= {name: totals[name] + more for name, more in (("up", done.traffic.up), ("down", done.traffic.down))}
+            if done.epsilon is not None:
+                totals |= {"epsilon": max(totals["epsilon"] or 0.0, done.epsilon)}
+            if found is not None:
+                totals |= {"accuracy": found.accuracy, "loss": found.loss, "measure": found.of}
+            now = time.perf_counter()
+            totals, began = totals | {"seconds": totals["seconds"] + now - began}, now
+            entry = _entry(done, found, evaluation, totals)
+            folder.ledger.append(entry)
+            kept = (state, None if stream is None else stream.public)
+            facts = totals if stream is None else totals | {"version": stream.version}
+            checkpoint.save(Checkpoint(done.round + 1, kept, facts), folder.checkpoints, keep=config.run.keep)
+            yield entry
+    except Exhausted as fault:
+        if not reached:
+            raise
+        log.warning("stopped after round %d of %d: %s", reached, config.rounds, fault)
+        totals |= _final(config, setting, strategy, state, reached) | ({} if hidden is None else {"epsilon": hidden.epsilon})
+    last = strategy.broadcast(state, reached, None)
+    export(setting, strategy.phase(reached).adapter, last, folder.adapter)
+    text = card(config, setting, folder.adapter, zero_shot=totals["zero_shot"], final=totals["accuracy"], measure=totals["measure"],
+                epsilon=totals["epsilon"])  # fmt: skip
     write_text(folder.adapter / "README.md", text)
     return Outcome(
         zero_shot=totals["zero_shot"], final=totals["accuracy"], loss=totals["loss"], measure=totals["measure"], bytes_up=totals["up"],
         bytes_down=totals["down"], seconds=totals["seconds"],
-        parameters=sum(tensor.numel() for name, tensor in last.tensors.items() if not is_own(name)),
+        parameters=sum(tensor.numel() for name, tensor in last.tensors.items() if not is_own(name)), epsilon=totals["epsilon"],
+        stated=() if totals["epsilon"] is None else tuple(stated(config, setting, totals["epsilon"])), rounds=reached,
     )  # fmt: skip
 
 
 def _start(
-    config: Config, setting: Setting, strategy: Strategy[Any], folder: Folder, stream: Stream | None
+    config: Config, setting: Setting, strategy: Strategy[Any], starts: Mapping[str, Tensors], folder: Folder, stream: Stream | None
 ) -> tuple[int, Any, Totals]:  # fmt: skip
     """(first round, state, totals): of the newest checkpoint, or of a run's beginning."""
-    state = strategy.init(setting.starts())
+    state = strategy.init(starts)
     if saved := checkpoint.found(folder.checkpoints):
         _check_same(folder.manifest(), setting)
         try:
@@ -109,7 +136,21 @@ def _start(
     folder.note({"fingerprint": setting.base.fingerprint, "data": setting.data_digest})
     before = central(setting, strategy.phase(0).adapter, strategy.broadcast(state, 0, None))
     totals = {"up": 0, "down": 0, "seconds": 0.0, "zero_shot": before.accuracy, "accuracy": before.accuracy, "loss": before.loss}
-    return 0, state, totals | {"measure": before.of, "measured": folder.manifest()["measured"]}
+    return 0, state, totals | {"measure": before.of, "measured": folder.manifest()["measured"], "epsilon": None}
+
+
+def _final(config: Config, setting: Setting, strategy: Strategy[Any], state: Any, round: int) -> Totals:
+    """The metrics of a model that stopped before its last round."""
+    found = central(setting, strategy.phase(round).adapter, strategy.broadcast(state, round, None))
+    return {"accuracy": found.accuracy, "loss": found.loss, "measure": found.of}
+
+
+def hidden_of(config: Config, folder: Folder, canaries: Canaries | None = None) -> Hidden | None:
+    """The clients of the run, if they are hidden among each other."""
+    unit = privacy_of(config)
+    if not isinstance(unit, Client):
+        return None
+    return Hidden(unit, config.clients, config.cohort, config.rounds, config.seed, Spending(folder.path / "privacy.jsonl"), canaries)
 
 
 def known_classes(state: Any) -> set[type]:
@@ -142,7 +183,7 @@ def _entry(done: Round[Any], found: Measured | None, evaluation: Traffic, totals
         "clients": list(done.cohort.clients),
         "answers": done.answers,
         "faults": [{"client": fault.client, "reason": fault.reason} for fault in done.traffic.faults + evaluation.faults],
-        "loss": done.loss,
+        "loss": done.loss if math.isfinite(done.loss) else None,
         "accuracy": None if found is None else found.accuracy,
         "test_loss": None if found is None else found.loss,
         "measure": None if found is None else found.of,
@@ -151,11 +192,12 @@ def _entry(done: Round[Any], found: Measured | None, evaluation: Traffic, totals
         "bytes_down": done.traffic.down,
         "bytes_raw_up": done.traffic.raw_up,
         "bytes_raw_down": done.traffic.raw_down,
+        "entropy_up": None if done.traffic.entropy_up is None else round(done.traffic.entropy_up),  # bytes
         "bytes_by_client": {str(client): list(both) for client, both in done.traffic.clients.items()},
         "bytes_evaluation": evaluation.up + evaluation.down,
         "total_up": totals["up"],
         "total_down": totals["down"],
-        "epsilon": None,
+        "epsilon": totals["epsilon"],
         "aggregation": done.gap.entry(),
         "aggregation_seconds": done.measuring,
         "round_seconds": done.seconds,
@@ -171,6 +213,10 @@ def main(grid: Grid, context: Context) -> None:
     """A run on Flower's own engine: `flwr run . --run-config "overrides='rounds=5'"`."""
     overrides = shlex.split(str(context.run_config["overrides"]))
     config = load(overrides)
+    if config.privacy.get("noise") == "seeded-insecure":
+        raise ConfigError(
+            "privacy.noise=seeded-insecure: every client knows the seed and could subtract the noise; it is for simulations alone"
+        )
     place = Path(config.run.dir or f"runs/flower-{context.run_id}")
     if (place / "manifest.json").exists():
         folder, begun = reopen(place)
@@ -190,4 +236,4 @@ def main(grid: Grid, context: Context) -> None:
                 flush=True,
             )
             return
-        print(f"fedpeft: round {entry['round'] + 1}/{config.rounds} loss {entry['loss']:.4f} accuracy {entry['accuracy']}", flush=True)
+        print(f"fedpeft: round {entry['round'] + 1}/{config.rounds} loss {entry['loss']} accuracy {entry['accuracy']}", flush=True)

@@ -3,7 +3,9 @@
 from pathlib import Path
 
 from fedpeft.config import Config
-from fedpeft.setting import Setting
+from fedpeft.privacy.statement import statement
+from fedpeft.privacy.unit import Client, example_delta
+from fedpeft.setting import Setting, privacy_of
 
 PEFT = """```python
 from peft import PeftModel
@@ -24,7 +26,7 @@ load_adapter(Path("path/of/this/folder"), adapted)
 CLASSES = {"text": "AutoModelForSequenceClassification", "image": "AutoModelForImageClassification", "language": "AutoModelForCausalLM"}
 
 
-def card(config: Config, setting: Setting, folder: Path, *, zero_shot: float, final: float, measure: str) -> str:
+def card(config: Config, setting: Setting, folder: Path, *, zero_shot: float, final: float, measure: str, epsilon: float | None) -> str:
     """The README.md of the adapter in `folder`."""
     base, task, classes = setting.base.source, setting.base.task, len(setting.dataset.classes)
     stock = (folder / "adapter_config.json").exists()
@@ -40,6 +42,8 @@ def card(config: Config, setting: Setting, folder: Path, *, zero_shot: float, fi
         if measure == "personal"
         else ""
     )
+    privacy = "" if epsilon is None else "\n" + "\n".join(f"- {line}" for line in stated(config, setting, epsilon)) + "\n"
+    applied = "no differential privacy was applied" if epsilon is None else "with differential privacy, as stated below"
     choices = ", ".join(f"{family} {name}" for family, name in config.choices.items())
     return f"""---
 library_name: {"peft" if stock else "fedpeft"}
@@ -50,9 +54,18 @@ tags: [federated-learning, fedpeft, {config.choices["adapter"]}]
 # {config.choices["adapter"]} adapter, federated with {config.choices["strategy"]}
 
 Trained by {config.clients} clients, {config.cohort} a round, in {config.rounds} rounds, with seed {config.seed}; no client's data left it,
-and no differential privacy was applied. Accuracy on the test set: {zero_shot:.3f} before training, {final:.3f} after ({measure} model).
-{personal}
+and {applied}. Accuracy on the test set: {zero_shot:.3f} before training, {final:.3f} after ({measure} model).
+{personal}{privacy}
 {how}
 
 Made by fedpeft with: {choices}.
 """
+
+
+def stated(config: Config, setting: Setting, epsilon: float) -> list[str]:
+    """What the run's epsilon means."""
+    unit, sizes = privacy_of(config), [len(rows) for rows in setting.split.clients]
+    assert unit is not None, "an epsilon without a unit"
+    batch = config.train.batch
+    deltas = [unit.delta_for(len(sizes))] if isinstance(unit, Client) else [example_delta(unit, size, batch) for size in sizes]
+    return statement(unit, epsilon=epsilon, delta=max(deltas), sizes=sizes, cohort=config.cohort, batch=batch)

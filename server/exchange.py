@@ -4,8 +4,9 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
@@ -14,7 +15,7 @@ from fedpeft.codecs.base import Codec
 from fedpeft.config import ConfigError
 from fedpeft.messages import MOST_EXAMPLES, Broadcast, Update
 from fedpeft.records import Packed, Packer, draw_up, from_records, pack_changes, to_records, unpack_update
-from fedpeft.tensors import Names, everything, nbytes
+from fedpeft.tensors import Names, Tensors, everything, nbytes
 from server.stream import Stream
 
 LONGEST = 600  # letters of a fault's reason
@@ -37,6 +38,7 @@ class Traffic:
     down: int = 0
     raw_up: int = 0  # what the same tensors would take as they are
     raw_down: int = 0
+    entropy_up: float | None = None  # bytes that what was decoded needs at the least; None: its codec has no such bound
     clients: dict[int, tuple[int, int]] = field(default_factory=dict)  # client -> (up, down)
     faults: list[Fault] = field(default_factory=list)
 
@@ -45,6 +47,12 @@ class Traffic:
         self.up, self.down = self.up + up, self.down + down
         before = self.clients.get(client, (0, 0))
         self.clients[client] = (before[0] + up, before[1] + down)
+
+    def bound(self, codec: Codec, decoded: Tensors) -> None:
+        """Adds the entropy of one update, where `codec` has one."""
+        entropy: Callable[[Tensors], float] | None = getattr(codec, "entropy", None)
+        if entropy is not None:
+            self.entropy_up = (self.entropy_up or 0.0) + entropy(decoded) / 8
 
     def fault(self, client: int, reason: str) -> None:
         """Notes a fault; the reason may come from a client, so it is cut to a length a ledger can hold."""
@@ -61,6 +69,7 @@ class Exchange:
     deadline: float | None = None  # seconds
     seed: int = 0  # the run's, for codecs that draw
     stream: Stream | None = None  # of the way down, where it is compressed
+    starts: frozenset[str] = frozenset()  # digests of what every client can make for itself; one that cannot asks for it, once
     _versions: dict[int, int] = field(default_factory=dict)  # client -> version of the public model it answered last
     _held: dict[int, frozenset[str]] = field(default_factory=dict)  # client -> digests of the broadcast it answered last
 
@@ -79,8 +88,9 @@ class Exchange:
                 payload = from_records(content)
                 facts = {name: float(value) for name, value in content.metric_records["metrics"].items() if isinstance(value, int | float)}
                 update = unpack_update(
-                    payload, facts, client, out[client], self.codec, seed=draw_up(self.seed, round, client), shares=shares
-                )
+                    payload, facts, client, out[client], self.codec, seed=draw_up(self.seed, round, client), shares=shares,
+                    seen=partial(traffic.bound, self.codec),
+                )  # fmt: skip
             except (ValueError, KeyError) as fault:
                 traffic.fault(client, f"its reply cannot be read: {fault}")
                 continue
@@ -102,31 +112,31 @@ class Exchange:
         packer = Packer()
         turns, ready = deque(sorted(out)), dict[int, RecordDict | None]()
         asked = sorted(out)
-        for attempt in range(2):  # a client that lost what it held is sent the whole, once
-            held = self._held if kind == "train" else {}  # an evaluation is counted apart: it neither saves nor costs training a byte
-            packed = {client: packer.pack(out[client], held.get(client, frozenset())) for client in asked}
+        for attempt in range(2):  # a client that lacks what it was to hold is sent the whole, once
+            # An evaluation is counted apart: it neither saves nor costs training a byte.
+            held = {client: self._held.get(client, self.starts) if kind == "train" else frozenset() for client in asked}
+            packed = {client: packer.pack(out[client], held[client]) for client in asked}
             if kind == "train" and self.stream is not None:
                 packed = {client: self._streamed(client, one) for client, one in packed.items()}
             for client, sending in packed.items():
                 traffic.count(client, down=len(sending.payload))
-                traffic.raw_down += nbytes(out[client].tensors) + sum(
-                    part.B.nbytes + part.A.nbytes for chunk in out[client].base_delta for part in chunk.values()
-                )
+                if attempt == 0:
+                    traffic.raw_down += _raw(out[client])
             asked = []
             for client, content in self._send(kind, round, packed, traffic):
                 facts: Mapping[str, object] = {} if content is None else content.config_records.get("facts", {})
                 traffic.count(client, up=0 if content is None else _size(content))
                 if facts.get("resend") and attempt == 0:
-                    self._held.pop(client, None)
+                    self._held[client] = frozenset()
                     self._versions.pop(client, None)
                     asked.append(client)
                     continue
                 if facts.get("resend"):
                     traffic.fault(client, "it asks again for a broadcast that was sent whole")
                     content = None
-                if content is not None and kind == "train":
-                    self._held[client] = packed[client].digests if facts.get("holds") else frozenset()
-                    if self.stream is not None and facts.get("holds"):
+                if content is not None and kind == "train" and facts.get("holds"):
+                    self._held[client] = packed[client].digests
+                    if self.stream is not None:
                         self._versions[client] = self.stream.version
                 ready[client] = content
                 while turns and turns[0] in ready:
@@ -136,20 +146,22 @@ class Exchange:
             asked.sort()
 
     def _streamed(self, client: int, whole: Packed) -> Packed:
-        """The changes since what `client` holds, in place of the whole, if it holds a version they begin at."""
+        """The changes since what `client` holds, in place of the whole, if it holds a version they begin at and they are shorter."""
         assert self.stream is not None
         since = self._versions.get(client)
         changes = self.stream.since(since)
+        if changes is not None and sum(map(len, changes)) >= len(whole.payload.data):  # most of the model never moves, and is held
+            changes = None
         facts = {"version": self.stream.version, "since": -1 if changes is None or since is None else since}
         return replace(whole, payload=whole.payload if changes is None else pack_changes(changes), facts=facts)
 
     def _send(
         self, kind: str, round: int, packed: Mapping[int, Packed], traffic: Traffic
     ) -> Iterator[tuple[int, RecordDict | None]]:  # fmt: skip
-        once: dict[int, RecordDict] = {}
+        once: dict[tuple[object, ...], RecordDict] = {}
         messages = []
         for client, one in packed.items():
-            key = id(one) if not one.facts else hash((one.digest, *one.facts.values()))
+            key = (one.digest, one.payload.header, *one.facts.values())
             if key not in once:
                 once[key] = to_records(one.payload, {"round": round, "digest": one.digest, **one.facts})
             messages.append(Message(once[key], self.nodes[client], kind, group_id=str(round)))
@@ -158,7 +170,7 @@ class Exchange:
 
 def connect(
     grid: Grid, codec: Codec, clients: int, *, deadline: float | None = None, patience: float = QUERY_SECONDS, seed: int = 0,
-    stream: Stream | None = None,
+    stream: Stream | None = None, starts: frozenset[str] = frozenset(),
 ) -> Exchange:  # fmt: skip
     """Waits until nodes for all `clients` are there, asks each which client it is, and gives the exchange.
 
@@ -190,7 +202,13 @@ def connect(
     if missing := [client for client in range(clients) if client not in nodes]:
         why = f" (first fault: {traffic.faults[0].reason})" if traffic.faults else ""
         raise ConfigError(f"client {missing[0]} and {len(missing) - 1} more did not answer the first message{why}")
-    return Exchange(grid, codec, {client: nodes[client] for client in range(clients)}, deadline, seed, stream)
+    return Exchange(grid, codec, {client: nodes[client] for client in range(clients)}, deadline, seed, stream, starts)
+
+
+def _raw(broadcast: Broadcast) -> int:
+    """Bytes of all of its tensors as they are."""
+    products = sum(part.B.nbytes + part.A.nbytes for chunk in broadcast.base_delta for part in chunk.values())
+    return nbytes(broadcast.tensors) + products
 
 
 def _metrics(content: RecordDict) -> Mapping[str, object]:

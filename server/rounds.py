@@ -1,25 +1,31 @@
 """The loop: draw a cohort, broadcast, gather, aggregate."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Generic, Literal, TypeVar
 
 from fedpeft.aggregate import Mean
+from fedpeft.cohort import Cohort, Draw
 from fedpeft.exactness import Gap, Meter
 from fedpeft.messages import Broadcast, Update, checked
+from fedpeft.privacy.spending import SPENT, BudgetSpent
 from fedpeft.select import Selection, everyone
 from fedpeft.strategy import Strategy
 from server.exchange import Exchange, Fault, Traffic
-from server.sampling import Cohort
+from server.private import Hidden
 
 S = TypeVar("S")
-EVERYONE = everyone()
+EVERYONE, NO_GAP = everyone(), Gap(None, None)
 ATTEMPTS = 3  # of a round that too few clients answer
 
 
 class RoundFailed(RuntimeError):
     """Too few clients answered a round, however often it was drawn; what was reached before it is kept."""
+
+
+class Exhausted(RoundFailed):
+    """A round would have spent more than the privacy budget of everybody it asked; nothing of it was released."""
 
 
 @dataclass(frozen=True)
@@ -35,30 +41,45 @@ class Round(Generic[S]):
     seconds: float
     gap: Gap  # between what was aggregated and the true mean
     measuring: float  # seconds that the gap took
+    epsilon: float | None = None  # spent so far: the largest of all clients that said it, or of those whom the server hides
 
 
 def run(
-    strategy: Strategy[S], state: S, exchange: Exchange, draw: Callable[[int, int], Cohort], mean: Mean, *,
+    strategy: Strategy[S], state: S, exchange: Exchange, draw: Draw, mean: Mean, *,
     first: int, rounds: int, min_clients: int = 1, select: Selection = EVERYONE, weights: Literal["examples", "uniform"] = "examples",
+    hidden: Hidden | None = None,
 ) -> Iterator[Round[S]]:  # fmt: skip
     """Rounds `first` to `rounds` - 1, one at a time. A round that fewer than `min_clients` answer
-    leaves no trace at the server and is drawn again (clients that did answer may have moved what they keep)."""
+    leaves no trace at the server and is drawn again (clients that did answer may have moved what they keep).
+
+    `hidden` takes the place of `mean`, and nothing of a client then stands in the round but what its noised mean tells.
+    """
     for round in range(first, rounds):
         began, traffic = time.perf_counter(), Traffic()
         same = strategy.phase(round).adapter == strategy.phase(round + 1).adapter
         for attempt in range(ATTEMPTS):
             cohort = draw(round, attempt)
             meter = Meter(strategy.phase(round), strategy.broadcast(state, round, None), same_adapter=same)
+            needed = min_clients if hidden is None else min(min_clients, len(cohort.clients))  # a secret cohort may be empty
             try:
-                taken = _Taken(strategy, state, round, cohort, exchange, traffic, min_clients, weights == "uniform")
-                state = strategy.aggregate(state, round, meter.watch(select(iter(taken), taken.sent), taken.sent), mean)
+                taken = _Taken(strategy, state, round, cohort, exchange, traffic, needed, weights == "uniform")
+                updates = select(iter(taken), taken.sent)
+                if hidden is None:
+                    state = strategy.aggregate(state, round, meter.watch(updates, taken.sent), mean)
+                else:
+                    state = strategy.aggregate(state, round, updates, taken.hidden_by(hidden))
             except _TooFew:
+                if traffic.faults and all(fault.reason.startswith(SPENT) for fault in traffic.faults):
+                    raise Exhausted(f"round {round}: {traffic.faults[0].reason}") from None
                 continue
+            except BudgetSpent as fault:
+                raise Exhausted(f"round {round}: {fault}") from fault
             except ValueError as fault:
                 raise RoundFailed(f"round {round}: {fault}") from fault
-            gap = meter.read(strategy.broadcast(state, round + 1, None))
+            gap = meter.read(strategy.broadcast(state, round + 1, None)) if hidden is None else NO_GAP
+            loss, epsilon = (taken.loss, taken.epsilon) if hidden is None else (float("nan"), hidden.epsilon)
             yield Round(
-                round, state, cohort, traffic, taken.loss, taken.count, time.perf_counter() - began, gap, meter.seconds
+                round, state, cohort, traffic, loss, taken.count, time.perf_counter() - began, gap, meter.seconds, epsilon
             )  # fmt: skip
             break
         else:
@@ -76,6 +97,8 @@ class _Taken:
         self, strategy: Strategy[S], state: S, round: int, cohort: Cohort, exchange: Exchange, traffic: Traffic, needed: int, alike: bool
     ) -> None:  # fmt: skip
         self._alike = alike  # every client counts once
+        self.epsilon: float | None = None
+        self._usual = strategy.broadcast(state, round, None)
         self.count, self._needed, self._loss, self._weight = 0, needed, 0.0, 0.0
         self._out = exchange.prepared({client: strategy.broadcast(state, round, client) for client in cohort.clients})
         self._phase = strategy.phase(round)
@@ -90,12 +113,20 @@ class _Taken:
                 self._traffic.fault(update.client, str(fault))
                 continue
             good = replace(good, weight=1.0) if self._alike else good
+            if (spent := update.metrics.get("epsilon")) is not None:
+                self.epsilon = max(self.epsilon or 0.0, spent)
             self.count += 1
             self._loss += update.weight * update.metrics.get("loss", float("nan"))
             self._weight += update.weight
             yield good
         if self.count < self._needed:
             raise _TooFew
+
+    def hidden_by(self, hidden: Hidden) -> Mean:
+        """The noised mean of these updates."""
+        start = next(iter(self._out.values()), self._usual)
+        query = self._phase.work == "gradient"
+        return hidden.mean(self._round, start, self._out, self._phase.shares, query=query)
 
     def sent(self, client: int) -> Broadcast:
         """What that client started from."""

@@ -7,11 +7,14 @@ Input is independent normal entries in fp32, in one tensor or many. The bound is
 d ((1-k) log2 1/(1-k) + k log2 2/k) bits. Speeds are MB of fp32 input a second on one thread: median, lowest and highest over the turns, by
 the clock (encode, decode) and by processor time (*_cpu, what a core that is not shared gives). A turn encodes and decodes once.
 
+Prints a table in Markdown, its lines as they are measured; --json has more, the machine and its load too.
+
 `--updates` runs a federation with the overrides that follow and codes what its clients send: `over` then is the size over the bound that
 knows only the density, and `single` that of the support as one group; both are of all updates together, headers included.
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import os
@@ -46,6 +49,13 @@ from fedpeft.tensors import Tensors
 
 DENSITIES = (0.05, 0.1, 0.2)
 Row = dict[str, object]
+COLUMNS = {
+    "name": "codec", "updates": "updates", "entries": "entries", "tensors": "tensors", "bits": "bits an entry",
+    "bound_bits": "entropy bound", "over": "over the bound, %", "single": "as one group, %",
+    "encode": "encode MB/s", "decode": "decode MB/s",
+}  # fmt: skip
+WIRE = ("name", "entries", "tensors", "bits", "over", "encode", "decode")
+UPDATES = ("name", "updates", "entries", "bits", "bound_bits", "over", "single")
 
 
 def main() -> None:
@@ -60,10 +70,11 @@ def main() -> None:
     torch.set_num_threads(1)
     facts = {"seed": args.seed, "machine": platform.machine(), "python": platform.python_version()}
     facts |= {name: metadata.version(name) for name in ("numpy", "torch")}
-    lines = []
+    columns, lines = UPDATES if args.updates else WIRE, list[str]()
+    print(f"| {' | '.join(COLUMNS[name] for name in columns)} |\n|{'---|' * len(columns)}", flush=True)
     for row in of_updates(args.updates) if args.updates else rows(args):
         lines.append(json.dumps(row | facts | {"load": round(os.getloadavg()[0], 1)}))
-        print(lines[-1], flush=True)
+        print(f"| {' | '.join(shown(row.get(name)) for name in columns)} |", flush=True)
         if args.json:
             args.json.write_text("\n".join(lines) + "\n")
 
@@ -96,6 +107,7 @@ def row(codec: Codec, tensors: Tensors, turns: int) -> Row:
             seconds[f"{name}_cpu"].append(processor)
     size: Row = {
         "codec": repr(codec),
+        "name": called(codec),
         "entries": entries,
         "tensors": len(tensors),
         "bytes": len(data),
@@ -136,9 +148,30 @@ def together(sent: list[Tensors], density: float) -> Row:
         single += len(data) - len(rice.encode(positions, sizes)) + len(rice.encode(positions, [count]))
         bound += entropy(density) * count / 8
         entries += count
-    made: Row = {"codec": repr(Ternary(density)), "updates": len(sent), "entries": entries // len(sent), "bytes": size // len(sent)}
+    made: Row = {
+        "codec": repr(Ternary(density)),
+        "name": called(Ternary(density)),
+        "updates": len(sent),
+        "entries": entries // len(sent),
+        "bytes": size // len(sent),
+    }
     bits = round(8 * size / entries, 4)
     return made | {"bits": bits, "bound_bits": round(entropy(density), 4), "over": percent(size, bound), "single": percent(single, bound)}
+
+
+def called(codec: Any) -> str:
+    """The codec's name, its density or bits, and the fields that are not its defaults."""
+    own = {field.name: (getattr(codec, field.name), field.default) for field in dataclasses.fields(codec)}
+    main = [f"{value:g}" for name, (value, _) in own.items() if name in ("density", "bits")]
+    others = [f"{name}={value}" for name, (value, usual) in own.items() if value != usual and name not in ("density", "bits")]
+    return " ".join([type(codec).__name__.lower(), *main, *others])
+
+
+def shown(value: object) -> str:
+    """A cell: nothing for what was not measured, `median (lowest to highest)` for a spread."""
+    if isinstance(value, list):
+        return f"{value[0]} ({value[1]} to {value[2]})"
+    return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def normal(entries: int, seed: int) -> torch.Tensor:

@@ -17,7 +17,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -30,8 +30,7 @@ from torch.nn import functional as F
 
 from clients.engine import Engine
 from clients.lanes import Lanes
-from clients.train import Job, batches
-from clients.wave import Private, Wave
+from clients.train import Job, Private, batches
 from experiments.benchmarks.engine_ray import compared
 from fedpeft import seeds
 from fedpeft.adapters.base import Adapted
@@ -41,7 +40,7 @@ from fedpeft.data.files import Files
 from fedpeft.messages import Broadcast
 from fedpeft.models.base import Base, Examples
 from fedpeft.models.minilm import MiniLM
-from fedpeft.privacy.noise import SecretNoise
+from fedpeft.privacy.noise import Secret
 from fedpeft.strategy import Phase
 
 LAYERS = {"all layers": range(6), "top 2": (4, 5), "top 1": (5,)}
@@ -127,15 +126,17 @@ def measured(base: Base, examples: Examples, case: Case, clients: int, turns: in
 
     engine = Engine(adapted, examples, Options(), groups=share, batch=case.batch, lanes=cores)
     assert engine._wave is not None
-    noise = SecretNoise()
-    private = Private(clip=1.0, expected=float(case.batch), noise_multiplier=0.5, noise=lambda client, size: noise.normal(size))
+    source = Secret()
+
+    def hidden(client: int, turn: int) -> Job:
+        plain = job(client, turn)
+        return replace(plain, private=Private(1.0, float(case.batch), 0.5, source, lambda rows: list(batches(rows, work, plain.rng))))
 
     def waves(turn: int, mine: Sequence[int]) -> None:
         engine.train(Phase(), [job(client, turn) for client in mine], round=0)
 
     def private_waves(turn: int, mine: Sequence[int]) -> None:
-        assert engine._wave is not None
-        Wave(engine._wave.way, engine._wave.plain, engine._wave.plan, private).train(Phase(), [job(c, turn) for c in mine], round=0)
+        engine.train(Phase(), [hidden(client, turn) for client in mine], round=0)
 
     size = min(engine.wave, -(-clients // cores))
     lots = [list(range(clients))[at : at + size] for at in range(0, clients, size)]

@@ -65,6 +65,8 @@ class Codec(Protocol):
 
     (Values, because start + (end - start) is not end in floating point: the ways to run would differ in the last bit.)
     `seed` (63 bits) is the same at both ends: for the codecs that round by chance or draw a mask; the others do not read it.
+    A field that cannot be is named alone (`density=2`): a codec serves `codec=` and `downlink=`, and whoever builds it names the family.
+    A codec whose bytes have a floor also has `entropy(decoded)`, in bits.
     """
 
     @property

@@ -28,11 +28,11 @@ def share(density: float, entries: int) -> int:
 
 
 def check(density: float, scope: str = "global") -> None:
-    """`ValueError` unless `codec.density` is a share and `codec.scope` is known."""
+    """`ValueError` unless `density` is a share and `scope` is known."""
     if not 0 < density <= 1:
-        raise ValueError(f"codec.density={density}: needed is the share of entries that are sent, more than 0 and at most 1")
+        raise ValueError(f"density={density}: needed is the share of entries that are sent, more than 0 and at most 1")
     if scope not in ("global", "tensor"):
-        raise ValueError(f"codec.scope={scope}: needed is global or tensor")
+        raise ValueError(f"scope={scope}: needed is global or tensor")
 
 
 def scoped(sizes: Sequence[int], scope: Scope) -> Sequence[int]:

@@ -37,7 +37,7 @@ class Mask:
     def __post_init__(self) -> None:
         check(self.density)
         if self.values not in KINDS:
-            raise ValueError(f"codec.values={self.values}: needed is {', '.join(KINDS)}")
+            raise ValueError(f"values={self.values}: needed is {', '.join(KINDS)}")
 
     def encode(self, tensors: Tensors, *, seed: int = 0) -> bytes:
         """The payload; `seed` draws the mask."""

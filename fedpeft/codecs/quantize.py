@@ -32,13 +32,13 @@ class Quantize:
 
     def __post_init__(self) -> None:
         if self.bits not in (4, 8):
-            raise ValueError(f"codec.bits={self.bits}: needed is 4 or 8")
+            raise ValueError(f"bits={self.bits}: needed is 4 or 8")
         if self.block < 1:
-            raise ValueError(f"codec.block={self.block}: needed is at least 1 entry")
+            raise ValueError(f"block={self.block}: needed is at least 1 entry")
         if self.scales not in ("bf16", "fp32"):
-            raise ValueError(f"codec.scales={self.scales}: needed is bf16 or fp32")
+            raise ValueError(f"scales={self.scales}: needed is bf16 or fp32")
         if self.rounding not in ("stochastic", "nearest"):
-            raise ValueError(f"codec.rounding={self.rounding}: needed is stochastic or nearest")
+            raise ValueError(f"rounding={self.rounding}: needed is stochastic or nearest")
 
     def encode(self, tensors: Tensors, *, seed: int = 0) -> bytes:
         """The payload; `seed` draws the roundings."""

@@ -43,7 +43,7 @@ class Half:
 
     def __post_init__(self) -> None:
         if self.dtype not in ("fp16", "bf16"):
-            raise ValueError(f"codec.dtype={self.dtype}: needed is fp16 or bf16")
+            raise ValueError(f"dtype={self.dtype}: needed is fp16 or bf16")
 
     def encode(self, tensors: Tensors, *, seed: int = 0) -> bytes:
         """Cast, then raw. An entry too large for fp16 becomes its largest finite value."""

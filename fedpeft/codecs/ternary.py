@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from fedpeft.codecs import rice
 from fedpeft.codecs.base import CodecError, Layout
-from fedpeft.codecs.envelope import MOST, Sizes, Vector, opened, packed, sealed, unpacked
+from fedpeft.codecs.envelope import MOST, Sizes, Vector, entropy, opened, packed, sealed, unpacked
 from fedpeft.codecs.largest import Positions, Scope, check, kept, scoped, shares
 from fedpeft.tensors import Tensors
 
@@ -47,11 +47,11 @@ class Ternary:
     def __post_init__(self) -> None:
         check(self.density, self.scope)
         if not 0 < self.alpha < MOST:
-            raise ValueError(f"codec.alpha={self.alpha}: needed is a finite number above 0")
+            raise ValueError(f"alpha={self.alpha}: needed is a finite number above 0")
         if self.scale not in ("std", "mean"):
-            raise ValueError(f"codec.scale={self.scale}: needed is std or mean")
+            raise ValueError(f"scale={self.scale}: needed is std or mean")
         if self.scales not in ("global", "tensor"):
-            raise ValueError(f"codec.scales={self.scales}: needed is global or tensor")
+            raise ValueError(f"scales={self.scales}: needed is global or tensor")
 
     def encode(self, tensors: Tensors, *, seed: int = 0) -> bytes:
         """The payload."""
@@ -60,6 +60,10 @@ class Ternary:
     def decode(self, data: bytes, layout: Layout, *, seed: int = 0) -> Tensors:
         """-scale, 0 or +scale everywhere."""
         return opened(repr(self), data, layout, self._unpack)
+
+    def entropy(self, decoded: Tensors) -> float:
+        """Bits that the support and the signs of `decoded` need, see `envelope.entropy`."""
+        return entropy(decoded, 1)
 
     def _pack(self, vector: Vector, sizes: Sizes) -> bytes:
         positions = kept(vector, sizes, self.density, self.scope)

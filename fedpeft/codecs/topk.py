@@ -9,7 +9,7 @@ import numpy as np
 
 from fedpeft.codecs import rice
 from fedpeft.codecs.base import CodecError, Layout
-from fedpeft.codecs.envelope import KINDS, Kind, Sizes, Vector, opened, packed, sealed, unpacked
+from fedpeft.codecs.envelope import KINDS, Kind, Sizes, Vector, entropy, opened, packed, sealed, unpacked
 from fedpeft.codecs.largest import Scope, check, kept, shares
 from fedpeft.tensors import Tensors
 
@@ -27,7 +27,7 @@ class TopK:
     def __post_init__(self) -> None:
         check(self.density, self.scope)
         if self.values not in KINDS:
-            raise ValueError(f"codec.values={self.values}: needed is {', '.join(KINDS)}")
+            raise ValueError(f"values={self.values}: needed is {', '.join(KINDS)}")
 
     def encode(self, tensors: Tensors, *, seed: int = 0) -> bytes:
         """The payload."""
@@ -36,6 +36,10 @@ class TopK:
     def decode(self, data: bytes, layout: Layout, *, seed: int = 0) -> Tensors:
         """The kept values in their places."""
         return opened(repr(self), data, layout, self._unpack)
+
+    def entropy(self, decoded: Tensors) -> float:
+        """Bits that the support of `decoded` needs, see `envelope.entropy`, and its values as they are sent."""
+        return entropy(decoded, 8 * KINDS[self.values].itemsize)
 
     def _pack(self, vector: Vector, sizes: Sizes) -> bytes:
         positions = kept(vector, sizes, self.density, self.scope)

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from fedpeft.codecs.base import CodecError, layout
-from fedpeft.codecs.envelope import HEADER, finite, opened, packed, sealed, unpacked
+from fedpeft.codecs.envelope import HEADER, entropy, finite, opened, packed, sealed, unpacked
 
 pytestmark = pytest.mark.fast
 TENSORS = {"b": torch.tensor([1.0, 2.0]), "a": torch.tensor([[3.0]]), "n": torch.tensor([7, 8], dtype=torch.int16)}
@@ -68,3 +68,17 @@ def test_values_are_packed_in_their_kind(kind, want):
     data = packed(np.array([1e30, -0.1], np.float32), kind)
     assert len(data) == (8 if kind == "fp32" else 4)
     assert unpacked(memoryview(data), kind).tolist() == pytest.approx(want, rel=2**-8)
+
+
+def test_entropy_is_that_of_each_tensors_support():
+    """2 of 8: 2 log2(8/2) + 6 log2(8/6) = 6.49 bits; all of 3, none of 5, nothing of nothing: no bits; 3 bytes of integers: 24."""
+    tensors = {"some": torch.zeros(2, 4), "all": -torch.ones(3), "none": torch.zeros(5), "empty": torch.zeros(0), "n": torch.ones(3).byte()}
+    tensors["some"][0, 1], tensors["some"][1, 3] = 1e-30, -2.0
+    assert entropy({"some": tensors["some"]}, 0) == pytest.approx(6.490225)
+    assert entropy(tensors, 0) == pytest.approx(6.490225 + 24)
+    assert entropy(tensors, 1) == pytest.approx(6.490225 + 24 + 5)
+
+
+def test_entropy_of_one_density_in_all_tensors_is_that_of_the_whole():
+    whole = torch.zeros(1000).index_fill(0, torch.arange(0, 1000, 10), 1.0)
+    assert entropy({"w": whole}, 1) == pytest.approx(entropy({"a": whole[:400], "b": whole[400:]}, 1)) == pytest.approx(568.996, abs=1e-3)

@@ -74,5 +74,5 @@ def test_a_code_that_is_not_used_is_an_error(bits, place, value, fault):
 
 @pytest.mark.parametrize(("field", "value"), [("bits", 2), ("block", 0), ("scales", "fp16"), ("rounding", "up")])
 def test_a_setting_that_cannot_be_is_refused_by_its_name(field, value):
-    with pytest.raises(ValueError, match=rf"codec\.{field}={value}"):
+    with pytest.raises(ValueError, match=rf"^{field}={value}"):
         Quantize(**{field: value})

@@ -35,5 +35,13 @@ def test_the_size_is_values_and_a_support():
 
 @pytest.mark.parametrize(("field", "value"), [("density", 2), ("values", "fp8"), ("scope", "row")])
 def test_a_setting_that_cannot_be_is_refused_by_its_name(field, value):
-    with pytest.raises(ValueError, match=rf"codec\.{field}={value}"):
+    with pytest.raises(ValueError, match=rf"^{field}={value}"):
         TopK(**{field: value})
+
+
+@pytest.mark.parametrize("density", [0.05, 0.1, 0.2])
+def test_a_payload_is_within_one_percent_of_its_entropy(density):
+    tensors = {name: torch.randn(200_000, generator=torch.Generator().manual_seed(k)) * 2**k for k, name in enumerate("abc")}
+    codec = TopK(density)
+    data = codec.encode(tensors)
+    assert 1 < 8 * len(data) / codec.entropy(codec.decode(data, layout(tensors))) < 1.01

@@ -45,6 +45,7 @@ def test_the_run_folder_holds_what_the_architecture_names(monkeypatch: pytest.Mo
     assert {"seed", "versions", "fingerprint", "commit"} <= set(manifest)
     page = (folder / "report.html").read_text()
     assert page.count("<svg") == 3
+    assert "payloads up" in page
     assert "http" not in page.replace("http://www.w3.org", "").replace("https://matplotlib.org", "").replace("http://purl.org", "").replace(
         "http://creativecommons.org", ""
     )
@@ -186,10 +187,22 @@ def test_presets_that_refuse_their_fields_are_reported_together(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert (
-        call(monkeypatch, "run", "codec=half", "codec.dtype=fp8", "strategy=fedprox", "strategy.mu=-1", "mean=trimmed", "mean.trim=2") == 2
+        call(
+            monkeypatch,
+            "run",
+            "codec=half",
+            "codec.dtype=fp8",
+            "downlink=ternary",
+            "downlink.density=2",
+            "strategy=fedprox",
+            "strategy.mu=-1",
+            "mean=trimmed",
+            "mean.trim=2",
+        )
+        == 2
     )
     shown = capsys.readouterr().err
-    for words in ("codec.dtype=fp8", "strategy.mu=-1", "mean.trim=2"):
+    for words in ("codec=half: Half: dtype=fp8", "downlink=ternary: Ternary: density=2", "strategy.mu=-1", "mean.trim=2"):
         assert words in shown
 
 

@@ -39,6 +39,7 @@ class Clients:
     holds: bool = True
     indices: Callable[[int], Any] = lambda node: node - FIRST  # node id -> the client it says it is
     held: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    starts: dict[str, Tensor] = field(default_factory=dict)  # by digest: what each makes for itself
     down: list[tuple[int, Payload]] = field(default_factory=list)  # (client, payload) as they came in
     up: list[tuple[int, Payload]] = field(default_factory=list)
 
@@ -61,7 +62,7 @@ class Clients:
         """The broadcast, with what is held here; None if that is not enough."""
         store: dict[str, Tensor] = {}
         try:
-            broadcast = unpack_broadcast(from_records(message.content), self.held.get(client, {}), store)
+            broadcast = unpack_broadcast(from_records(message.content), self.starts | self.held.get(client, {}), store)
         except LookupError:
             return None
         self.held[client] = store if self.holds else {}

@@ -6,12 +6,15 @@ from flwr.app import ConfigRecord, Error, Message, RecordDict
 
 from fedpeft.codecs.base import Payload
 from fedpeft.codecs.raw import Half, Raw
+from fedpeft.codecs.ternary import Ternary
+from fedpeft.codecs.topk import TopK
 from fedpeft.config import ConfigError
 from fedpeft.lowrank import LowRank
 from fedpeft.messages import Broadcast
-from fedpeft.records import to_records
+from fedpeft.records import digested, to_records
 from fedpeft.simulation import InProcessGrid
 from server.exchange import Traffic, connect
+from server.stream import Stream
 from strategies.fedavg import FedAvg
 from strategies.ffa import ffa_lora
 
@@ -246,7 +249,89 @@ def test_a_client_that_failed_after_it_opened_a_broadcast_goes_on_next_round(cli
     assert torch.equal(update.tensors["q.B"], states[0].tensors["q.B"] + 0.5)
 
 
+# What a client makes for itself is not sent at all
+
+
+@pytest.mark.parametrize("holds", [True, False])
+def test_what_a_client_makes_for_itself_is_never_sent(clients, joined, start, holds):
+    """FFA's A never, whether or not clients hold anything between messages; B and the head from the second round on."""
+    starts = digested([start])
+    serve = clients(ffa_lora(), holds=holds, starts=starts)
+    exchange = joined(serve, 2, starts=frozenset(starts))
+    moved = Broadcast(start | {name: start[name] + 1 for name in ("q.B", "head.bias")})
+    for round, (state, cohort) in enumerate([(Broadcast(start), (0,)), (moved, (0, 1))]):
+        traffic = Traffic()
+        updates = list(exchange.train(round, everyone(state, cohort), traffic))
+        assert all(torch.equal(update.tensors["q.B"], state.tensors["q.B"] + 1 / (update.client + 2)) for update in updates)
+        assert (len(updates), traffic.faults) == (len(cohort), [])
+    moving = start["q.B"].nbytes + start["head.bias"].nbytes
+    assert sizes(serve.down) == {0: [0, moving], 1: [moving]}
+
+
+@pytest.mark.parametrize("holds", [True, False])
+def test_who_makes_another_start_asks_and_is_sent_the_whole(clients, joined, start, holds):
+    """Its model is another one, or its SVD another's; nobody is asked twice to find that out."""
+    serve = clients(ffa_lora(), holds=holds, starts=digested([{name: tensor + 1 for name, tensor in start.items()}]))
+    exchange = joined(serve, 1, starts=frozenset(digested([start])))
+    traffic = Traffic()
+    (update,) = exchange.train(0, {0: Broadcast(start)}, traffic)
+    assert torch.equal(update.tensors["q.B"], start["q.B"] + 0.5)
+    assert traffic.faults == []
+    list(exchange.train(1, {0: Broadcast(start)}, Traffic()))
+    whole = sum(tensor.nbytes for tensor in start.values())
+    assert sizes(serve.down) == {0: [0, whole, 0 if holds else whole]}
+    assert traffic.raw_down == whole  # what it would take is no more because it was sent twice
+
+
+def test_a_client_is_sent_the_whole_where_that_is_shorter_than_the_changes(clients, joined, start):
+    """A is held: B and the head are 11 entries in fp32, 44 bytes; one change in bf16 is of all 51 entries, 102."""
+    serve = clients(ffa_lora())
+    exchange = joined(serve, 1, stream=Stream(Half(), seed=0))
+    for round in range(2):
+        state = Broadcast({"q.A": torch.ones(2, 20)} | {name: start[name] + round for name in ("q.B", "head.bias")})
+        list(exchange.train(round, exchange.prepared({0: state}), Traffic()))
+    assert sizes(serve.down) == {0: [204, 44]}
+
+
+def test_what_one_client_lacks_is_not_left_out_because_another_holds_it(clients, joined, start):
+    """Both are sent the whole of one version; client 0 holds A and the head, client 1 nothing."""
+    serve = clients(ffa_lora())
+    stream = Stream(Half(), seed=0)
+    exchange = joined(serve, 2, stream=stream)
+    list(exchange.train(0, exchange.prepared({0: Broadcast(start)}), Traffic()))
+    sent = exchange.prepared(everyone(Broadcast(start | {"q.B": start["q.B"] + 1}), (0, 1)))
+    stream.resume(stream.version, stream.public)  # the changes are gone
+    assert [update.client for update in exchange.train(1, sent, Traffic())] == [0, 1]
+    assert sizes(serve.down) == {0: [84, 32], 1: [84]}
+
+
 # Bytes
+
+
+def test_the_entropy_of_updates_is_that_of_what_was_decoded(clients, joined):
+    """Of 8 entries 2 are sent: 8 H(1/4) = 2 log2(4) + 6 log2(4/3) bits for where they are, and a bit, or fp16, for each."""
+    start = {"w": torch.zeros(8)}
+
+    def two(tensors):
+        return {"w": torch.tensor([0.0, 3.0, 0.0, 0.0, 0.0, 0.0, -5.0, 0.0])}
+
+    where = 2 * 2 + 6 * 0.4150374993
+    for codec, bits in ((Ternary(0.25), where + 2), (TopK(0.25, "fp16"), where + 32), (Ternary(0.5), where + 2), (Raw(), None)):
+        serve = clients(FedAvg(), codec=codec, odd={k: lambda c, message, client: c.answer(message, client, two) for k in (0, 1)})
+        traffic = Traffic()
+        assert len(list(joined(serve, 2).train(0, everyone(Broadcast(start), (0, 1)), traffic))) == 2
+        assert traffic.entropy_up == (None if bits is None else pytest.approx(2 * bits / 8))
+        assert traffic.raw_up == 64
+
+
+def test_entropy_counts_differences_that_rounding_takes_from_the_values(clients, joined):
+    """1e-9 added to 1 in fp32 is 1: the update does not show it, the bytes were sent all the same."""
+    start = {"w": torch.ones(4)}
+    serve = clients(FedAvg(), codec=Ternary(1.0, alpha=1e-9))
+    traffic = Traffic()
+    (update,) = joined(serve, 1).train(0, {0: Broadcast(start)}, traffic)
+    assert torch.equal(update.tensors["w"], start["w"])
+    assert traffic.entropy_up == 0.5  # four signs
 
 
 @pytest.mark.parametrize("codec", [Raw(), Half()])

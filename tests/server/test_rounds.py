@@ -7,9 +7,9 @@ import torch
 
 from fedpeft.aggregate import median, weighted_mean
 from fedpeft.codecs.raw import Raw
+from fedpeft.cohort import Cohort, fixed
 from fedpeft.strategy import Phase, always
 from server.rounds import ATTEMPTS, RoundFailed, run
-from server.sampling import Cohort, fixed
 from strategies.fedavg import FedAvg
 from strategies.fedopt import FedOpt
 from strategies.fedsa import fedsa_lora

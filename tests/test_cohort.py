@@ -1,6 +1,6 @@
 import pytest
 
-from server.sampling import fixed
+from fedpeft.cohort import fixed
 
 pytestmark = pytest.mark.fast
 

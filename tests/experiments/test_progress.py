@@ -1,0 +1,27 @@
+"""What a run says of itself while it goes on, and at its end."""
+
+import pytest
+
+from experiments.progress import payloads
+
+pytestmark = pytest.mark.fast
+ROUND = {"bytes_up": 100, "bytes_raw_up": 2000, "bytes_down": 400, "bytes_raw_down": 800, "entropy_up": 80}
+
+
+def test_payloads_are_held_against_raw_and_against_their_entropy():
+    assert payloads([ROUND, ROUND | {"bytes_up": 300}]) == [
+        ("payloads up", "400 B (raw / 10, entropy x 2.50)"),
+        ("payloads down", "800 B (raw / 2)"),
+    ]
+
+
+def test_what_has_no_bound_or_was_not_sent_is_held_against_nothing():
+    assert payloads([ROUND | {"entropy_up": None, "bytes_down": 0, "bytes_raw_down": 0}]) == [
+        ("payloads up", "100 B (raw / 20)"),
+        ("payloads down", "0 B"),
+    ]
+    assert payloads([]) == [("payloads up", "0 B"), ("payloads down", "0 B")]
+
+
+def test_a_ledger_from_before_there_were_such_figures_is_read():
+    assert payloads([{"bytes_up": 5, "bytes_down": 6}]) == [("payloads up", "5 B"), ("payloads down", "6 B")]
