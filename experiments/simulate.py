@@ -8,9 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from clients.app import Site, lane_on_gpu, serve, site_of
 from clients.lanes import Lanes
 from clients.memory import Memory
+from clients.site import Site, lane_on_gpu, serve, site_of
 from fedpeft import checkpoint
 from fedpeft.config import Config, ConfigError, load
 from fedpeft.data.partition import describe, histogram

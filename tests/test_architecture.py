@@ -28,6 +28,7 @@ DOORS = {
         "server/exchange.py",
         "server/flower.py",
         "clients/app.py",
+        "clients/site.py",
         "experiments/benchmarks/",
     ],
     "peft": ["fedpeft/adapters/", "experiments/benchmarks/"],  # a benchmark measures against peft's own calls

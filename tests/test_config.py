@@ -356,7 +356,7 @@ def test_a_target_is_refused_in_every_position():
         assert "_target_ is read only from the installed presets" in line or "cannot be added" in line
 
 
-@pytest.mark.parametrize("target", ["os.system", "fedpeft_evil.x", "clients.app.serve", "torch.load", "fedpeftx.y"])
+@pytest.mark.parametrize("target", ["os.system", "fedpeft_evil.x", "clients.site.serve", "torch.load", "fedpeftx.y"])
 def test_a_target_outside_of_fedpeft_is_not_built(target):
     with pytest.raises(ConfigError, match="not one of fedpeft's own"):
         build({"_target_": target})

@@ -32,7 +32,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-import clients.app
+import clients.site
 from experiments.simulate import simulate
 from fedpeft.codecs import rice
 from fedpeft.codecs.base import Codec, layout
@@ -130,7 +130,7 @@ def of_updates(overrides: list[str]) -> Iterator[Row]:
         sent.append({name: tensor.clone() for name, tensor in difference(update.tensors, start.tensors).items()})
         return pack_update(update, start, codec, **rest)
 
-    with tempfile.TemporaryDirectory() as folder, patch.object(clients.app, "pack_update", recorded):
+    with tempfile.TemporaryDirectory() as folder, patch.object(clients.site, "pack_update", recorded):
         simulate([*overrides, f"run.dir={folder}/run", "evaluate.head_only=false", "engine.lanes=1"])
     for density in DENSITIES:
         yield together(sent, density)

@@ -81,6 +81,12 @@ def _mean_only(facts: Facts) -> str | None:
     )
 
 
+def _variates(facts: Facts) -> str | None:
+    if not facts.client or facts.some(lambda phase: phase.rates) is None:
+        return None
+    return f"{facts.chosen('strategy')} has clients send control variates, which no clip covers; set strategy=fedprox, or privacy=example"
+
+
 def _personal(facts: Facts) -> str | None:
     if facts.some(lambda phase: any(phase.keeps(name) for name in ("q.A", "q.B", "head.weight"))) is None:
         return None
@@ -200,6 +206,7 @@ RULES: Mapping[str, Rule] = {
     "selection": _select,
     "mean": _mean,
     "strategy": _mean_only,
+    "control variates": _variates,
     "personal models": _personal,
     "gradient rounds": _queries,
     "signs of gradients": _sign,

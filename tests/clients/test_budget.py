@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from clients.app import Site, site_of
 from clients.engine import Engine
 from clients.memory import Memory
+from clients.site import Site, site_of
 from fedpeft.config import load
 from fedpeft.messages import Broadcast
 from fedpeft.privacy.accountant import Event, epsilon

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from clients.app import OWED, site_of
 from clients.memory import Memory
+from clients.site import OWED, site_of
 from experiments.simulate import simulate
 from fedpeft.codecs.raw import Raw
 from fedpeft.codecs.ternary import Ternary

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from clients.app import serve, site_of
 from clients.memory import Memory
+from clients.site import serve, site_of
 from fedpeft.codecs.raw import Raw
 from fedpeft.config import load
 from fedpeft.messages import Broadcast, Update

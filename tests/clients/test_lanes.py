@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clients.app import Site, lane_on_gpu
 from clients.lanes import Lanes
 from clients.memory import Memory
+from clients.site import Site, lane_on_gpu
 from fedpeft.config import build, load
 from fedpeft.messages import Broadcast
 from fedpeft.records import Packer, to_records

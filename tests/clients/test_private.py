@@ -9,7 +9,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from clients.private import _fault, _loop, _nowhere_zero, choose, clipped_sums, per_example, train_private
+from clients.private import Backend, _fault, _loop, _nowhere_zero, choose, clipped_sums, per_example, train_private
 from clients.stacked import Unstackable
 from clients.train import Job, Private, batches, poisson, train
 from fedpeft.adapters.base import Adapted
@@ -308,11 +308,12 @@ def test_it_ends_where_the_wave_ends(kind: str, phase: Phase, tiny, examples, jo
 
 
 @pytest.mark.fast
-def test_an_empty_batch_is_a_step_of_noise_alone(adapted: Adapted, texts: Examples, jobs) -> None:
+@pytest.mark.parametrize("backend", ["auto", "hooks", "vmap", "loop"])
+def test_an_empty_batch_is_a_step_of_noise_alone(backend: Backend, adapted: Adapted, texts: Examples, jobs) -> None:
     (job, *_) = jobs(adapted.read(), SGD)
     none = job.rows[:0]
     (update, _) = train_private(
-        adapted, PLAIN, texts, replace(job, private=kept(lambda rows: [none] * 3, noise=2.0, seed=5)), round=0, backend="auto"
+        adapted, PLAIN, texts, replace(job, private=kept(lambda rows: [none] * 3, noise=2.0, seed=5)), round=0, backend=backend
     )
     assert update.metrics["steps"] == 3.0
     same, sizes = torch.Generator().manual_seed(5), {name: job.start[name].numel() for name in sorted(job.start)}

@@ -49,7 +49,7 @@ def test_examples_are_hidden_by_every_private_strategy(strategy: str, tmp_path: 
     assert "with differential privacy" in (summary.folder / "adapter" / "README.md").read_text()
 
 
-@pytest.mark.parametrize("strategy", ["fedavg", "ffa", "fed_sb", "fedsvd", "fedopt"])
+@pytest.mark.parametrize("strategy", ["fedavg", "ffa", "fed_sb", "fedsvd", "fedopt", "fedrot", "slora", "ravan"])
 def test_clients_are_hidden_by_strategies_that_take_a_mean(strategy: str, tmp_path: Path) -> None:
     summary = ended(tmp_path / "run", [*CLIENT, f"strategy={strategy}", "privacy.epsilon=50"])
     assert summary.outcome.epsilon is not None

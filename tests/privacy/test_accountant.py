@@ -61,10 +61,11 @@ def test_opacus_agrees(q, sigma, count, delta, opacus_rdp, opacus_prv, rdp, pld)
         warnings.simplefilter("ignore")
         from opacus.accountants import PRVAccountant, RDPAccountant
 
-        for kind, low, high, accountant in ((RDPAccountant, -0.02, 0.02, "rdp"), (PRVAccountant, 0.0, 0.02, "pld")):
+        for kind, low, known, ours in ((RDPAccountant, -0.02, opacus_rdp, "rdp"), (PRVAccountant, 0.0, opacus_prv, "pld")):
             theirs = kind()
             theirs.history = [(sigma, q, count)]
-            assert low < theirs.get_epsilon(delta) - epsilon([Event(sigma, q, count)], delta, accountant=accountant) < high
+            assert theirs.get_epsilon(delta) == pytest.approx(known, abs=1e-3)
+            assert low < known - epsilon([Event(sigma, q, count)], delta, accountant=ours) < 0.02
 
 
 @pytest.mark.fast
@@ -213,7 +214,7 @@ def test_a_count_has_an_end() -> None:
     assert count_for(5, 1e-5, 1e5, 1.0) == count_for(5, 1e-5, 1.0, 0.0) == 10**6
 
 
-@pytest.mark.parametrize(("target", "sigma", "count"), [(3.0, 4.0, 50), (1.0, 5.0, 100)])
+@pytest.mark.parametrize(("target", "sigma", "count"), [(1.0, 5.0, 100)])
 def test_a_larger_rate_than_the_one_found_exceeds(target: float, sigma: float, count: int) -> None:
     found = rate_for(target, 1e-5, sigma, count)
     assert epsilon([Event(sigma, found, count)], 1e-5) <= target < epsilon([Event(sigma, found * 1.001, count)], 1e-5)

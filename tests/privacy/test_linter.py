@@ -27,6 +27,7 @@ VOID: list[tuple[str, list[str], str]] = [
     ("mean", ["privacy=client", "mean=trimmed"], "is no sum"),
     ("strategy", ["privacy=client", "strategy=flora"], "by more than their mean"),
     ("strategy", ["privacy=client", "strategy=lora_fair"], "by more than their mean"),
+    ("control variates", ["privacy=client", "strategy=scaffold", "train.optimizer=sgd"], "control variates"),
     ("personal models", ["privacy=example", "strategy=fedsa"], "keeps tensors at the clients"),
     ("personal models", ["privacy=client", "strategy=fedsa"], "keeps tensors at the clients"),
     ("gradient rounds", ["privacy=example", "strategy=fed_sb", "strategy.start=gradient"], "full gradients of the data in round 0"),

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from flwr.app import Message
 
-from clients.app import Site, serve
 from clients.engine import Engine
 from clients.memory import Memory
+from clients.site import Site, serve
 from fedpeft.config import Options, build, load
 from fedpeft.lowrank import cut, rank_of
 from fedpeft.messages import Broadcast
