@@ -4,11 +4,11 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 ARGS   ?=
 
-.PHONY: demo test fast install minilm lint clean
+.PHONY: demo test test-deploy fast install minilm lint clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
-	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-10s %s\n", $$1, $$2}' 
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-12s %s\n", $$1, $$2}' 
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "fedpeft needs Python 3.11 or newer, $(PYTHON) is older: make PYTHON=python3.12 ..."; exit 2; }
@@ -38,6 +38,9 @@ test: $(VENV)/.test $(VENV)/.minilm lint  ## everything: lint, types, layers, al
 
 fast: $(VENV)/.test  ## the tests that take seconds
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m fast $(ARGS)
+
+test-deploy: $(VENV)/.test  ## servers and clients as they are deployed, on loopback: TLS, node keys, workers
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/e2e/test_deployment.py tests/clients/test_worker.py tests/clients/test_forward.py $(ARGS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff format --check -q .

@@ -1,4 +1,8 @@
-"""ClientApp: hands each message to the site of this process and its answer back. Nothing heavy is imported before a message comes."""
+"""ClientApp: hands each message to the site's resident worker, or where there is none answers it in this process.
+
+A deployed client has a worker (`worker="SOCKET"` in its node config); Flower's simulation engine has none. Flower starts a deployed
+ClientApp anew for each message, so nothing heavy is imported here.
+"""
 
 import shlex
 import tempfile
@@ -6,8 +10,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flwr.app import Context, Message
+from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
+
+from clients.forward import forward
 
 if TYPE_CHECKING:
     from clients.site import Site
@@ -29,18 +35,26 @@ def _site(overrides: str, run: int) -> "Site":
 
 
 def _answer(message: Message, context: Context) -> Message:
+    overrides = str(context.run_config["overrides"])
+    if worker := context.node_config.get("worker"):
+        kind = message.metadata.message_type
+        return Message(forward(str(worker), kind, message.content, run=context.run_id, overrides=overrides), reply_to=message)
+    return Message(_answered_here(message, context, overrides), reply_to=message)
+
+
+def _answered_here(message: Message, context: Context, overrides: str) -> RecordDict:
     from fedpeft.config import ConfigError
 
     try:
         client = int(context.node_config["partition-id"])
     except KeyError:
         raise ConfigError('this node has no client index; start it with --node-config "partition-id=N"') from None
-    site = _site(str(context.run_config["overrides"]), context.run_id)
+    site = _site(overrides, context.run_id)
     if not 0 <= client < site.setting.config.clients:
         raise ConfigError(
             f"this node is client {client}, the run has clients={site.setting.config.clients}; raise clients or start fewer nodes"
         )
-    return Message(site.answer(client, message.metadata.message_type, message.content), reply_to=message)
+    return site.answer(client, message.metadata.message_type, message.content)
 
 
 app = ClientApp()

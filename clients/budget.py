@@ -46,6 +46,8 @@ class Budget:
 
     def reserve(self, client: int, round: int, phase: Phase) -> dict[str, float]:
         """Counts a round of `client` as spent, and gives what it may say of that. Raises `BudgetSpent`."""
+        if not self.spending(client).path.exists() and any((self.folder / f"{client:06d}").glob("*.safetensors")):
+            raise OSError(f"client {client} has answered before, but {self.spending(client).path} is gone: what was spent is not known")
         terms = self.terms(client)
         events = terms.events(query=phase.work == "gradient")
         spent = self.spending(client).reserve(events, budget=terms.budget, delta=terms.delta, facts={"round": round})

@@ -24,9 +24,10 @@ from clients.stacked import Unstackable
 from clients.train import Job, train
 from clients.wave import Done, Wave
 from fedpeft.adapters.base import Adapted
-from fedpeft.config import ConfigError, Options
+from fedpeft.config import ConfigError, Options, Training
+from fedpeft.messages import Broadcast
 from fedpeft.models.base import Examples
-from fedpeft.models.score import Score
+from fedpeft.models.score import Score, examined
 from fedpeft.strategy import Phase
 from fedpeft.tensors import Tensors
 
@@ -68,6 +69,15 @@ class Engine:
             shares = [weights[jobs.index(job)][job.rows] for job in group]
             made |= {job.client: found for job, found in zip(group, wave.score(group, shares), strict=True)}
         return [made[job.client] for job in jobs]
+
+    def examined(self, broadcast: Broadcast, examples: Examples, *, batch: int) -> Tensor:
+        """(2, N) float64: loss and hit of each of `examples` under the global model, with what frozen layers gave before."""
+        rows = torch.arange(len(examples))
+        if self._wave is not None and (wave := self._test_wave(examples)).way is not wave.plain:
+            return wave.examined(Job(-1, broadcast, rows, Training(), torch.Generator()))
+        self.adapted.fill(broadcast.tensors)
+        with self.adapted.shifted(broadcast.base_delta):
+            return examined(self.adapted.logits, self.adapted.base.task, examples, rows, batch=batch)
 
     @property
     def wave(self) -> int:
@@ -164,11 +174,10 @@ def check(stack: Stack, way: Shortcut, start: Tensors, *, loose: bool = False) -
         adapted.fill(tensors)
         want.append(adapted.logits(way.examples.batch(row.view(1))[0])[0])
     got = _logits(stack, way, starts)
-    left = bool(getattr(way.examples, "left", False))
     precise = next(adapted.base.module.parameters()).dtype in (torch.float32, torch.float64) and not loose
-    for mine, whole in zip(got, want, strict=True):
-        part = mine if mine.dim() == 1 else mine[len(mine) - len(whole) :] if left else mine[: len(whole)]
-        _compare(stack, part, whole, 1e-4 if precise else 5e-2, "the stacked form")
+    bound = 1e-4 if precise else 5e-2
+    for mine, whole, row in zip(got, want, rows, strict=True):
+        _compare(stack, _own(mine, way.examples, int(row)), _own(whole, way.examples, int(row)), bound, "the stacked form")
 
 
 def check_shortcut(stack: Stack, way: Shortcut, start: Tensors) -> None:
@@ -176,8 +185,17 @@ def check_shortcut(stack: Stack, way: Shortcut, start: Tensors) -> None:
     starts = [_moved(start, seed) for seed in (1, 2)]
     dtype = next(stack.adapted.base.module.parameters()).dtype
     bound = 1e-4 if dtype in (torch.float32, torch.float64) and not stack.half else 1e-2
-    for mine, whole in zip(_logits(stack, way, starts), _logits(stack, plain(stack, way.examples), starts), strict=True):
-        _compare(stack, mine, whole, bound, "the shortcut")
+    short, long = _logits(stack, way, starts), _logits(stack, plain(stack, way.examples), starts)
+    for mine, whole, row in zip(short, long, _extremes(way), strict=True):
+        _compare(stack, _own(mine, way.examples, int(row)), _own(whole, way.examples, int(row)), bound, "the shortcut")
+
+
+def _own(logits: Tensor, examples: Examples, row: int) -> Tensor:
+    """The logits of an example without those of what pads it, which mean nothing and differ: (classes,), or (its tokens, vocabulary)."""
+    if logits.dim() == 1:
+        return logits
+    many = int(examples.lengths()[row])
+    return logits[len(logits) - many :] if getattr(examples, "left", False) else logits[:many]
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ from fedpeft.codecs.base import Codec, Payload
 from fedpeft.codecs.raw import Raw
 from fedpeft.config import load
 from fedpeft.messages import Broadcast
+from fedpeft.passport import size_class
 from fedpeft.privacy.spending import BudgetSpent
 from fedpeft.privacy.unit import Example
 from fedpeft.records import (
@@ -90,6 +91,10 @@ class Site:
             self._present = (adapted, made)
         return self._present[1]
 
+    def examined(self, adapter: str, broadcast: Broadcast) -> Tensor:
+        """(2, test examples) float64: loss and hit of the model of `broadcast`, whose tensors are of the adapter of that name."""
+        return self.engine(adapter).examined(broadcast, self.setting.test, batch=self.setting.config.evaluate.batch)
+
     @property
     def ready(self) -> Engine | None:
         """The engine in use. Lanes share what lies ready when they begin, so those of another engine must end."""
@@ -123,8 +128,13 @@ class Site:
         return made
 
     def query(self, client: int) -> RecordDict:
-        """Which client this node is: node ids are random, client indices are not."""
-        return to_records(Payload("[]", b""), {"client": client})
+        """Which client this node is (node ids are random, client indices are not), what it stands on, and how large its data are, about.
+
+        Where single examples are hidden, how many a client has is public: `fedpeft/privacy/statement.py` says so beside every epsilon.
+        Where clients are, the server is trusted, and is sent the very number with every update.
+        """
+        own = replace(self.setting.passport(client), examples=size_class(len(self.setting.split.clients[client])))
+        return to_records(Payload("[]", b""), {"client": client, **own.facts()})
 
     def answers(
         self, messages: Sequence[tuple[int, str, RecordDict]], each: Callable[[Sequence[Order]], Iterator[tuple[int, list[Answer]]]]
@@ -148,7 +158,7 @@ class Site:
             orders = self._orders([ask for ask, _ in asked], {ask.digest: broadcast for ask, broadcast in asked})
             for position, replies in each(orders):
                 for ask, reply in zip(orders[position].asks, replies, strict=True):
-                    facts = {"client": ask.client} | ({"holds": ask.client in self.held} if kind == "train" else {})
+                    facts = {"client": ask.client, "round": ask.round} | ({"holds": ask.client in self.held} if kind == "train" else {})
                     yield ask.client, kind, reply if isinstance(reply, str) else to_records(reply.payload, facts, reply.facts)
 
     def work(self, order: Order) -> list[Answer]:
@@ -181,7 +191,7 @@ class Site:
             jobs.append(self._job(ask, broadcasts[ask.digest], phase))
         for ask, job, done in zip(able, jobs, engine.train(phase, jobs, round=asks[0].round), strict=True):
             if isinstance(done, ValueError):
-                yield ask, str(done)
+                yield ask, self._said(done)
                 continue
             update, keeps = done
             owed = self._owed(ask, phase) if self.feedback and phase.carries else None
@@ -196,6 +206,13 @@ class Site:
                 kept = keeps | {OWED + name: tensor for name, tensor in ((owed or {}) | left).items()}
                 self.memory.store(ask.client, phase.adapter, ask.round, ask.digest, kept, reply)
             yield ask, reply
+
+    def _said(self, fault: ValueError) -> str:
+        """What a client says of a fault in its training; of hidden examples nothing, for one of them may have caused it."""
+        if self.budget is None:
+            return str(fault)
+        log.error("training failed: %s", fault)
+        return "training failed; the reason stands in the client's log"
 
     def _evaluated(self, asks: Sequence[Ask], broadcasts: Mapping[str, Broadcast]) -> list[Answer]:
         """How clients' own models (the broadcast under what each keeps) do on test sets that resemble their data."""

@@ -66,6 +66,16 @@ class Wave:
             results |= {job.client: ValueError(str(fault)) for job, _ in good}
         return [results[job.client] for job in jobs]
 
+    def examined(self, job: Job) -> Tensor:
+        """(2, N) float64: loss and hit of each of the job's rows under its model. Raises `ValueError` for tensors that do not fit."""
+        if fault := self._fault(job):
+            raise fault
+        seen = torch.zeros(2, len(job.rows), dtype=torch.float64)
+        with self._open([job]) as (way, _), torch.no_grad():
+            for cut, loss, hit in _looked(way, self.plan, job.rows, torch.zeros(len(job.rows), dtype=torch.int64)):
+                seen[0, cut], seen[1, cut] = loss, hit
+        return seen
+
     def _fault(self, job: Job) -> ValueError | None:
         """Why the job's tensors do not fit the adapter."""
         try:
@@ -265,16 +275,22 @@ def _result(phase: Phase, job: Job, end: Tensors, seen: list[float], seconds: fl
 
 
 def _scores(way: Shortcut, plan: Plan, judged: Sequence[tuple[Job, Tensor]]) -> dict[int, Score]:
-    task, device = way.stack.adapted.base.task, way.stack.adapted.base.device
     rows = torch.cat([job.rows for job, _ in judged])
     owner = torch.cat([torch.full((len(job.rows),), k) for k, (job, _) in enumerate(judged)])
     weight = torch.cat([weight.double() for _, weight in judged])
     sums = torch.zeros(3, len(judged), dtype=torch.float64)
+    for cut, loss, hit in _looked(way, plan, rows, owner):
+        for into, each in zip(sums, (loss, hit, torch.ones(len(cut))), strict=True):
+            into.index_add_(0, owner[cut], each * weight[cut])
+    shares = (sums[:2] / sums[2]).T.tolist()
+    return {job.client: Score(loss, right, len(job.rows)) for (job, _), (loss, right) in zip(judged, shares, strict=True)}
+
+
+def _looked(way: Shortcut, plan: Plan, rows: Tensor, owner: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """(positions in `rows`, their losses, their hits) of all rows, in micro-batches; `owner` is whose model each row is put through."""
+    task, device = way.stack.adapted.base.task, way.stack.adapted.base.device
     for cut in plan.cut(way.examples.lengths()[rows]):
         way.stack.clients.seat(owner[cut].to(device))
         inputs, targets = way.batch(rows[cut])
         logits, targets = way.stack.logits(inputs), targets.to(device)
-        for into, each in zip(sums, (losses(task, logits, targets), hits(task, logits, targets), torch.ones(len(cut))), strict=True):
-            into.index_add_(0, owner[cut], each.double().cpu() * weight[cut])
-    shares = (sums[:2] / sums[2]).T.tolist()
-    return {job.client: Score(loss, right, len(job.rows)) for (job, _), (loss, right) in zip(judged, shares, strict=True)}
+        yield cut, losses(task, logits, targets).double().cpu(), hits(task, logits, targets).double().cpu()

@@ -1,7 +1,6 @@
 """`fedpeft audit`: what canaries prove about the mechanism, and which tokens a client's update names."""
 
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -126,7 +125,7 @@ def audit(
     _say(console, f"{steps} noised sums, noise {noise_multiplier:g} x clip, every example in each; delta {delta:g}")
     _say(console, f"{canaries} canaries, each in with probability 1/2; bounds at {1 - SIGNIFICANCE:.0%}")
     verdicts = [audit_mechanism(step, claim, canaries=canaries, coins=source, size=size, significance=SIGNIFICANCE) for size in SIZES]
-    checks = check_mechanism(step, core(claim, source, noise=False), claim) 
+    checks = check_mechanism(step, core(claim, source, noise=False), claim)
     checks += check_trainers(noise_multiplier, source) + check_server(noise_multiplier)
     table = Columns("canaries", "claimed epsilon", "at least", "at least (one run)", "", box=None)
     for verdict in verdicts:
@@ -190,7 +189,7 @@ def check_server(noise_multiplier: float) -> list[Check]:
         return Update(client, {name: torch.randn(tensor.shape, generator=rng) for name, tensor in start.items()}, 1.0)
 
     def release(rows: Sequence[int], noise: float) -> Tensors:
-        unit = Client(epsilon=math.inf, noise_multiplier=noise or sys.float_info.min, clip=TIGHT)
+        unit = Client(epsilon=math.inf, noise_multiplier=noise or 1e-9, clip=TIGHT)
         with TemporaryDirectory() as folder:
             hidden = Hidden(unit, len(NOTES), int(EXPECTED), 1, 0, Spending(Path(folder) / "privacy.jsonl"))
             mean = hidden.mean(0, Broadcast(start), range(len(NOTES)), everything)(changed(row) for row in rows)

@@ -42,9 +42,9 @@ def audit_run(console: Console, overrides: Sequence[str], *, canaries: int | Non
 
     _say(console, f"{seen.rounds} rounds of about {config.cohort} clients; {seen.many} canaries in each, along directions of their own")
     table = Columns("", "mu", f"epsilon at {delta:.2g}", "", box=None)
-    table.add_row("claimed", f"{claimed:.3f}", f"{epsilon(claimed):.3f}", "by the accountant, of a client in every round")
+    table.add_row("claimed", f"{claimed:.3f}", f"{epsilon(claimed):.3f}", "accountant, a client in every round")
     low, high = epsilon(found.mu - 2 * found.error), epsilon(found.mu + 2 * found.error)
-    table.add_row("estimated", f"{found.mu:.3f}", f"{epsilon(found.mu):.3f}", f"{low:.3f} to {high:.3f} with two standard errors of mu")
+    table.add_row("estimated", f"{found.mu:.3f}", f"{epsilon(found.mu):.3f}", f"{low:.3f} to {high:.3f}: two standard errors")
     console.print(table)
     _say(console, f"the run itself claims epsilon {outcome.epsilon:.3f}: {_credit(unit)}")
     above = (found.mu - claimed) / found.error
@@ -66,8 +66,8 @@ def audit_run(console: Console, overrides: Sequence[str], *, canaries: int | Non
 
 def _credit(unit: Client) -> str:
     if unit.adversary == "outsider":
-        return "it takes credit for the secret coins that leave a client out, which no canary has: compare with the line above"
-    return "of the client that was in most rounds, the canaries not among them"
+        return "it takes credit for the secret coins that leave a client out, which no canary has; `claimed` takes none"
+    return "of the client that was in most rounds; its budget does not count the canaries"
 
 
 def _say(console: Console, text: str) -> None:

@@ -15,12 +15,17 @@ import typer
 from click.core import ParameterSource
 from rich.console import Console
 
-from fedpeft.checkpoint import FREE
+from experiments import deploy
+from experiments.certs import app as certs
 from fedpeft.config import FAMILIES, ConfigError, app_folder, presets_of
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 privacy = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Differential privacy: what it costs, before and after a run.")
 app.add_typer(privacy, name="privacy")
+app.add_typer(certs, name="certs")
+app.add_typer(deploy.server, name="server")
+app.add_typer(deploy.client, name="client")
+app.command()(deploy.status)
 CONF = app_folder() / "experiments" / "conf"
 
 
@@ -96,6 +101,14 @@ def doctor() -> None:
 
 
 @app.command()
+def drill(names: Annotated[list[str] | None, typer.Argument(help="Drills; default all.", show_default=False)] = None) -> None:
+    """Break one thing after another in a small simulated federation; exit code 1 if what follows is not what was declared."""
+    from experiments.drill import drill as play
+
+    raise typer.Exit(play(names or []))
+
+
+@app.command()
 def report(
     run_dir: Annotated[Path, typer.Argument(help="The folder of a run.")],
     picture: Annotated[Path | None, typer.Option(help="Draw only the curves, into this .svg, .png or .pdf.", show_default=False)] = None,
@@ -133,7 +146,7 @@ def export(
 @app.command()
 def audit(
     ctx: typer.Context,
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value ... of --run.", show_default=False)] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value ... of the run that --run audits.", show_default=False)] = None,
     noise_multiplier: Annotated[float, typer.Option(help="Standard deviation of a sum's noise over the clip.")] = 5.0,
     clip: Annotated[float, typer.Option(help="Largest norm of one contribution.")] = 1.0,
     expected: Annotated[float, typer.Option(help="Contributions that a sum is divided by.")] = 64.0,
@@ -155,10 +168,12 @@ def audit(
       fedpeft audit
       fedpeft audit --run privacy=client clients=50 cohort=50
     """
-    given = [f"--{name.replace('_', '-')}" for name in ctx.params if ctx.get_parameter_source(name) == ParameterSource.COMMANDLINE]
-    beside = set(given) & {"--overrides", "--noise-multiplier", "--clip", "--expected", "--steps", "--delta", "--leak"}
-    if of_run and (unknown := sorted(beside - {"--overrides"})):
-        raise ConfigError(f"{' '.join(unknown)}: --run has the run's own; set privacy.noise_multiplier=, privacy.clip= and the like")
+    numbers = {"noise_multiplier": noise_multiplier, "clip": clip, "expected": expected, "delta": delta}
+    given = [name for name in (*numbers, "steps", "leak") if ctx.get_parameter_source(name) == ParameterSource.COMMANDLINE]
+    if of_run and given:
+        raise ConfigError(
+            f"--{given[0].replace('_', '-')} says nothing of a run; set privacy.noise_multiplier=, privacy.clip= and the like"
+        )
     if overrides and not of_run:
         raise ConfigError(f"{' '.join(overrides)}: overrides describe a run; add --run")
     if of_run:
@@ -171,7 +186,6 @@ def audit(
     from experiments.audit import audit as refute
     from experiments.audit import leak as show
 
-    numbers = {"noise_multiplier": noise_multiplier, "clip": clip, "expected": expected, "delta": delta}
     many = 2000 if canaries is None else canaries
     raise typer.Exit(show(Console()) if leak else refute(Console(), steps=steps, canaries=many, **numbers))
 
@@ -325,8 +339,6 @@ def _result(summary: Any, seconds: float) -> dict[str, Any]:
 
 def main() -> None:
     """Runs the command; exit code 2 for what the user can fix in the command, 1 for a run that failed."""
-    from server.rounds import RoundFailed
-
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
     try:
         code = app(standalone_mode=False)  # typer gives the code of an Exit back, and 130 for Ctrl-C
@@ -335,13 +347,19 @@ def main() -> None:
         sys.exit(code or 0)
     except ConfigError as fault:
         _say(str(fault), 2)
-    except (RoundFailed, OSError) as fault:
-        _say(_taught(fault), 1)
     except click.ClickException as fault:
         _say(f"{fault.format_message()} `fedpeft --help` lists commands and options.", 2)
+    except Exception as fault:
+        from server.rounds import RoundFailed  # here, so that a command that needs no torch does not wait for it
+
+        if not isinstance(fault, RoundFailed | OSError):
+            raise
+        _say(_taught(fault), 1)
 
 
 def _taught(fault: Exception) -> str:
+    from fedpeft.checkpoint import FREE
+
     if isinstance(fault, OSError) and fault.errno is not None:
         where = f" at {fault.filename}" if fault.filename else ""
         full = f" {FREE}" if fault.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else ""

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedpeft.config import ConfigError, Training
-from fedpeft.privacy.accountant import COARSE, LEAST_DELTA, Event, count_for, epsilon, noise_for, rate_for
+from fedpeft.privacy.accountant import COARSE, FINE, LEAST_DELTA, Event, count_for, epsilon, noise_for, rate_for
 
 PICTURES = (".svg", ".png", ".pdf")
 NOT_COVERED = (
@@ -60,10 +60,10 @@ class Plan:
         """What `rounds` rounds release."""
         return [Event(self.noise, self.q, rounds * self.steps)]
 
-    def curve(self, points: int, **how: Any) -> list[tuple[int, float]]:
+    def curve(self, points: int, *, step: float = FINE) -> list[tuple[int, float]]:
         """The first round and `points` more, evenly spaced to the last, and epsilon after each, by PLD."""
         some = sorted({1} | {math.ceil(self.rounds * (i + 1) / points) for i in range(points)})
-        return [(rounds, epsilon(self.events(rounds), self.delta, **how)) for rounds in some]
+        return [(rounds, epsilon(self.events(rounds), self.delta, step=step)) for rounds in some]
 
 
 def plan(asked: Asked) -> Plan:
@@ -125,6 +125,7 @@ def draw(found: Plan, to: Path) -> None:
     axis.set(
         xlabel="rounds", ylabel=f"epsilon at delta {found.delta:.2g}", title=f"noise {found.noise:.4g}, q {found.q:.4g}: one {found.unit}"
     )
+    axis.set_ylim(bottom=0)
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(to, dpi=150, metadata={"Date": None} if to.suffix == ".svg" else None)

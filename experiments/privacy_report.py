@@ -90,10 +90,10 @@ def _row(client: int | None, examples: int | None, lines: Sequence[Mapping[str, 
 
 def _sizes(run_dir: Path) -> list[int]:
     try:
-        table = json.loads((run_dir / "split.json").read_text())["histogram"]
+        sizes: list[int] = json.loads((run_dir / "split.json").read_text())["sizes"]
     except (OSError, ValueError, KeyError) as fault:
         raise ConfigError(f"{run_dir}/split.json cannot be read ({fault}): the clients' sizes are not known") from None
-    return [sum(row) for row in table]
+    return sizes
 
 
 def _draw(run_dir: Path, to: Path) -> None:

@@ -71,7 +71,7 @@ def _page(folder: Path, result: dict[str, Any], entries: list[dict[str, Any]], b
         f"<h2>Rounds</h2>{_svg(_curves(entries, baseline, accuracy))}",
         _privacy(result, entries),
         _aggregation(entries),
-        f"<h2>Who owned what</h2><p>{html.escape(_described(split))}</p>{_histogram(split)}" if split else "",
+        f"<h2>Who owned what</h2><p>{html.escape(_described(split))}</p>{_histogram(split)}" if split and "histogram" in split else "",
         f"<h2>Faults</h2><ul>{listed}</ul><h2>Config</h2><pre>{config}</pre></html>",
     ]
     return "\n".join(parts) + "\n"

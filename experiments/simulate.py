@@ -90,7 +90,7 @@ def _drive(what: str, config: Config, setting: Setting, folder: Folder, watch: W
     nodes = {InProcessGrid.FIRST + client: client for client in range(config.clients)}
     with _lanes(site, folder, setting) as lanes:
         grid = InProcessGrid(serve(site, nodes, lanes), config.clients)
-        steps: Generator[dict[str, Any], None, Outcome] = federate(config, setting, grid, folder, canaries=canaries)
+        steps: Generator[dict[str, Any], None, Outcome] = federate(config, setting, grid, folder, look=site.examined, canaries=canaries)
         while True:
             try:
                 watch(what, config, next(steps))
@@ -114,7 +114,11 @@ def _lanes(site: Site, folder: Folder, setting: Setting) -> Lanes:
 
 def _split(setting: Setting) -> dict[str, Any]:
     labels, classes = setting.dataset.train.labels, max(len(setting.dataset.classes), 1)
+    sizes = [len(rows) for rows in setting.split.clients]
+    if setting.config.private:  # how many of each label a client has is a fact of its examples; how many examples is public
+        return {"sizes": sizes, "names": list(setting.split.names)}
     return {
+        "sizes": sizes,
         "describe": describe(setting.split, labels, classes),
         "classes": list(setting.dataset.classes),
         "names": list(setting.split.names),

@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -20,6 +20,7 @@ from fedpeft.data.table import Dataset, Source
 from fedpeft.devices import Device, devices
 from fedpeft.lowrank import rank_of
 from fedpeft.models.base import Base, Examples, ModelSource
+from fedpeft.passport import Passport, passport
 from fedpeft.privacy import linter
 from fedpeft.privacy.unit import Unit
 from fedpeft.strategy import Federation, Strategy
@@ -61,6 +62,14 @@ class Setting:
     def starts(self) -> dict[str, Tensors]:
         """The tensors that each adapter in `names` begins with; the first lies on the base then."""
         return {name: self.on(name).read() for name in reversed(self.names)}
+
+    @cached_property
+    def _alike(self) -> Passport:
+        return passport(self.base, self.starts(), self.dataset.train.inputs)
+
+    def passport(self, client: int) -> Passport:
+        """What a client's process and the server must have alike, and the rank that `client` is sent."""
+        return self._alike if self.devices is None else replace(self._alike, rank=self.devices[client].rank)
 
     @cached_property
     def devices(self) -> tuple[Device, ...] | None:
@@ -162,6 +171,7 @@ def open_setting(config: Config, *, base: Base | None = None) -> Setting:
         unit = privacy_of(config)
         if unit is not None and (found := linter.faults(linter.Facts(config, unit, strategy, sizes, base.module))):
             raise ConfigError("\n".join(found))
+        _ = made._alike  # before a round's adapter lies ready, which would be taken off
         starts = made.starts()
         try:
             check_ranks(config, strategy, strategy.init(starts))  # what cannot be says so before anything is written

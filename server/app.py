@@ -4,7 +4,8 @@ import logging
 import math
 import shlex
 import time
-from collections.abc import Generator, Mapping
+from collections import Counter
+from collections.abc import Collection, Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from fedpeft.config import Config, ConfigError, build, load, shown
 from fedpeft.ledger import write_text
 from fedpeft.lowrank import LowRank
 from fedpeft.messages import Broadcast
+from fedpeft.passport import Passport
 from fedpeft.privacy.spending import Spending
 from fedpeft.privacy.unit import Client
 from fedpeft.records import digested
@@ -27,10 +29,11 @@ from fedpeft.strategy import Strategy
 from fedpeft.tensors import Tensors, is_own
 from server.canaries import Canaries
 from server.card import card, stated
-from server.evaluate import Measured, central, is_personal, personal
+from server.evaluate import Look, Measured, central, is_personal, personal
 from server.exchange import Exchange, Traffic, connect
 from server.export import export
 from server.folder import Folder, create, reopen, versions
+from server.polling import Prompt
 from server.private import Hidden
 from server.rounds import Exhausted, Round, run
 from server.stream import Stream
@@ -59,9 +62,11 @@ Totals = dict[str, Any]
 
 
 def federate(
-    config: Config, setting: Setting, grid: Grid, folder: Folder, *, canaries: Canaries | None = None
+    config: Config, setting: Setting, grid: Grid, folder: Folder, *, canaries: Canaries | None = None, look: Look | None = None
 ) -> Generator[Entry, None, Outcome]:  # fmt: skip
     """Runs all rounds that `folder` has not yet, yielding each round's ledger entry, and exports the adapter.
+
+    `look` is a quicker way to put a model through the test set, where clients and server share a process.
 
     A run that was killed at any moment ends with the same adapter: it goes on from its last whole checkpoint, and clients answer a
     broadcast they have seen with the bytes they gave before.
@@ -72,8 +77,10 @@ def federate(
     stream = None if down.lossless else Stream(down, config.seed)
     starts = setting.starts()
     known = frozenset(digested(starts.values()))
-    exchange = connect(grid, codec, config.clients, deadline=config.deadline, seed=config.seed, stream=stream, starts=known)
-    first, state, totals = _start(config, setting, strategy, starts, folder, stream)
+    exchange = connect(grid, codec, config.clients, deadline=config.deadline, seed=config.seed, stream=stream, starts=known,
+                       needs=setting.passport)  # fmt: skip
+    folder.note({"clients": _counted(exchange.passports.values())})
+    first, state, totals = _start(config, setting, strategy, starts, folder, stream, look)
     folder.ledger.rewind(first)
     hidden, mean, select = hidden_of(config, folder, canaries), build(config.mean), build(config.select)
     draw = fixed(config.clients, config.cohort, config.seed) if hidden is None else hidden.draw
@@ -85,7 +92,7 @@ def federate(
         ):  # fmt: skip
             state, reached = done.state, done.round + 1
             evaluation = Traffic()
-            found = _evaluated(config, setting, strategy, done, exchange, evaluation)
+            found = _evaluated(config, setting, strategy, done, exchange, evaluation, look)
             totals |= {name: totals[name] + more for name, more in (("up", done.traffic.up), ("down", done.traffic.down))}
             if done.epsilon is not None:
                 totals |= {"epsilon": max(totals["epsilon"] or 0.0, done.epsilon)}
@@ -103,7 +110,7 @@ def federate(
         if not reached:
             raise
         log.warning("stopped after round %d of %d: %s", reached, config.rounds, fault)
-        totals |= _final(config, setting, strategy, state, reached) | ({} if hidden is None else {"epsilon": hidden.epsilon})
+        totals |= _final(setting, strategy, state, reached, look) | ({} if hidden is None else {"epsilon": hidden.epsilon})
     last = strategy.broadcast(state, reached, None)
     export(setting, strategy.phase(reached).adapter, last, folder.adapter)
     text = card(config, setting, folder.adapter, zero_shot=totals["zero_shot"], final=totals["accuracy"], measure=totals["measure"],
@@ -118,7 +125,8 @@ def federate(
 
 
 def _start(
-    config: Config, setting: Setting, strategy: Strategy[Any], starts: Mapping[str, Tensors], folder: Folder, stream: Stream | None
+    config: Config, setting: Setting, strategy: Strategy[Any], starts: Mapping[str, Tensors], folder: Folder, stream: Stream | None,
+    look: Look | None,
 ) -> tuple[int, Any, Totals]:  # fmt: skip
     """(first round, state, totals): of the newest checkpoint, or of a run's beginning."""
     state = strategy.init(starts)
@@ -134,14 +142,19 @@ def _start(
             stream.resume(facts.pop("version"), public)
         return back.round, state, facts
     folder.note({"fingerprint": setting.base.fingerprint, "data": setting.data_digest})
-    before = central(setting, strategy.phase(0).adapter, strategy.broadcast(state, 0, None))
+    before = central(setting, strategy.phase(0).adapter, strategy.broadcast(state, 0, None), look)
     totals = {"up": 0, "down": 0, "seconds": 0.0, "zero_shot": before.accuracy, "accuracy": before.accuracy, "loss": before.loss}
     return 0, state, totals | {"measure": before.of, "measured": folder.manifest()["measured"], "epsilon": None}
 
 
-def _final(config: Config, setting: Setting, strategy: Strategy[Any], state: Any, round: int) -> Totals:
+def _counted(passports: Collection[Passport]) -> dict[str, dict[str, int]]:
+    """How many clients said what of themselves; `examples` are powers of ten."""
+    return {name: Counter(str(getattr(one, name)) for one in passports) for name in ("dtype", "rank", "examples")}
+
+
+def _final(setting: Setting, strategy: Strategy[Any], state: Any, round: int, look: Look | None) -> Totals:
     """The metrics of a model that stopped before its last round."""
-    found = central(setting, strategy.phase(round).adapter, strategy.broadcast(state, round, None))
+    found = central(setting, strategy.phase(round).adapter, strategy.broadcast(state, round, None), look)
     return {"accuracy": found.accuracy, "loss": found.loss, "measure": found.of}
 
 
@@ -167,14 +180,14 @@ def _check_same(manifest: Mapping[str, Any], setting: Setting) -> None:
 
 
 def _evaluated(
-    config: Config, setting: Setting, strategy: Strategy[Any], done: Round[Any], exchange: Exchange, traffic: Traffic
+    config: Config, setting: Setting, strategy: Strategy[Any], done: Round[Any], exchange: Exchange, traffic: Traffic, look: Look | None
 ) -> Measured | None:  # fmt: skip
     after, last = done.round + 1, done.round + 1 == config.rounds
     if after % config.evaluate.every and not last:
         return None
     if is_personal(strategy, done.state, done.round):
         return personal(strategy, done.state, after, range(config.clients) if last else done.cohort.clients, exchange, traffic)
-    return central(setting, strategy.phase(after).adapter, strategy.broadcast(done.state, after, None))
+    return central(setting, strategy.phase(after).adapter, strategy.broadcast(done.state, after, None), look)
 
 
 def _entry(done: Round[Any], found: Measured | None, evaluation: Traffic, totals: Mapping[str, Any]) -> Entry:
@@ -187,7 +200,7 @@ def _entry(done: Round[Any], found: Measured | None, evaluation: Traffic, totals
         "accuracy": None if found is None else found.accuracy,
         "test_loss": None if found is None else found.loss,
         "measure": None if found is None else found.of,
-        "own_accuracy": None if found is None else found.own,
+        "own_accuracy": None if found is None or totals["epsilon"] is not None else found.own,  # else weighted by counts of labels
         "bytes_up": done.traffic.up,
         "bytes_down": done.traffic.down,
         "bytes_raw_up": done.traffic.raw_up,
@@ -217,6 +230,8 @@ def main(grid: Grid, context: Context) -> None:
         raise ConfigError(
             "privacy.noise=seeded-insecure: every client knows the seed and could subtract the noise; it is for simulations alone"
         )
+    if config.deadline is None:
+        log.warning("deadline=null: a round waits for its slowest client, twelve hours at most; set deadline=SECONDS to go on without it")
     place = Path(config.run.dir or f"runs/flower-{context.run_id}")
     if (place / "manifest.json").exists():
         folder, begun = reopen(place)
@@ -226,7 +241,7 @@ def main(grid: Grid, context: Context) -> None:
             )
     else:
         folder = create(place, config, overrides)
-    steps = federate(config, open_setting(config), grid, folder)
+    steps = federate(config, open_setting(config), Prompt(grid), folder)
     while True:
         try:
             entry = next(steps)

@@ -20,7 +20,7 @@ from fedpeft.tensors import Tensors
 
 MOST, FEWEST = 200, 10
 SMALL = 25  # entries, times a noise variance of at most 1, for each canary: with so many they lower the estimate by 2 % at most
-LOUD = 10.0  # clips that a canary would move: more than it may, so that a missing clip shows, and no norm below an adapted clip
+LOUD = 10.0  # clips that a canary sends: more than it may, so that a clip that is missing shows
 
 
 @dataclass(eq=False)
@@ -71,15 +71,17 @@ class Canaries:
         return canary_estimate(cosines.numpy(), entries=self.entries, releases=self.rounds)
 
     def _updates(self, base: Tensors, size: float) -> Iterator[Update]:
+        """The canaries', and as many that change nothing: a clip that follows how many lie above it and below stays where it is."""
         names = sorted(base)
         for canary in range(self.many):
             whole = self._direction(canary, sum(base[name].numel() for name in names)) * size
             parts = whole.split([base[name].numel() for name in names])
             ends = {name: base[name].double() + part.view(base[name].shape) for name, part in zip(names, parts, strict=True)}
-            yield Update(-1 - canary, ends, 1.0)
+            yield from (Update(-1 - canary, tensors, 1.0) for tensors in (ends, base))
 
     def _direction(self, canary: int, size: int) -> Tensor:
         """(size,) of norm 1, float64; drawn anew each time: all at once would be as many models."""
         rng = seeds.generator(self.seed, client=canary, purpose="canary")
         drawn = torch.randn(size, generator=rng).double()
-        return drawn / drawn.norm()
+        whole: Tensor = drawn / drawn.norm()
+        return whole

@@ -14,6 +14,7 @@ from flwr.serverapp import Grid
 from fedpeft.codecs.base import Codec
 from fedpeft.config import ConfigError
 from fedpeft.messages import MOST_EXAMPLES, Broadcast, Update
+from fedpeft.passport import Passport, read_passport
 from fedpeft.records import Packed, Packer, draw_up, from_records, pack_changes, to_records, unpack_update
 from fedpeft.tensors import Names, Tensors, everything, nbytes
 from server.stream import Stream
@@ -66,10 +67,11 @@ class Exchange:
     grid: Grid
     codec: Codec
     nodes: Mapping[int, int]  # client -> node id
-    deadline: float | None = None  # seconds
+    deadline: float | None = None  # seconds from a broadcast to its last reply
     seed: int = 0  # the run's, for codecs that draw
     stream: Stream | None = None  # of the way down, where it is compressed
     starts: frozenset[str] = frozenset()  # digests of what every client can make for itself; one that cannot asks for it, once
+    passports: Mapping[int, Passport] = field(default_factory=dict)  # what each client said of itself
     _versions: dict[int, int] = field(default_factory=dict)  # client -> version of the public model it answered last
     _held: dict[int, frozenset[str]] = field(default_factory=dict)  # client -> digests of the broadcast it answered last
 
@@ -86,6 +88,7 @@ class Exchange:
         for client, content in self._replies("train", round, out, traffic):
             try:
                 payload = from_records(content)
+                _check_round(content, round)
                 facts = {name: float(value) for name, value in content.metric_records["metrics"].items() if isinstance(value, int | float)}
                 update = unpack_update(
                     payload, facts, client, out[client], self.codec, seed=draw_up(self.seed, round, client), shares=shares,
@@ -100,6 +103,11 @@ class Exchange:
     def evaluate(self, round: int, out: Mapping[int, Broadcast], traffic: Traffic) -> Iterator[tuple[int, dict[str, float]]]:
         """The local metrics of the clients in `out`, in client order."""
         for client, content in self._replies("evaluate", round, out, traffic):
+            try:
+                _check_round(content, round)
+            except ValueError as fault:
+                traffic.fault(client, str(fault))
+                continue
             metrics = {name: float(value) for name, value in _metrics(content).items() if isinstance(value, int | float)}
             loss, accuracy, weight = (metrics.get(name, math.nan) for name in ("loss", "accuracy", "weight"))
             if math.isfinite(loss) and 0 <= accuracy <= 1 and 0 < weight <= MOST_EXAMPLES:
@@ -112,6 +120,7 @@ class Exchange:
         packer = Packer()
         turns, ready = deque(sorted(out)), dict[int, RecordDict | None]()
         asked = sorted(out)
+        until = None if self.deadline is None else time.monotonic() + self.deadline
         for attempt in range(2):  # a client that lacks what it was to hold is sent the whole, once
             # An evaluation is counted apart: it neither saves nor costs training a byte.
             held = {client: self._held.get(client, self.starts) if kind == "train" else frozenset() for client in asked}
@@ -123,7 +132,7 @@ class Exchange:
                 if attempt == 0:
                     traffic.raw_down += _raw(out[client])
             asked = []
-            for client, content in self._send(kind, round, packed, traffic):
+            for client, content in self._send(kind, round, packed, until, traffic):
                 facts: Mapping[str, object] = {} if content is None else content.config_records.get("facts", {})
                 traffic.count(client, up=0 if content is None else _size(content))
                 if facts.get("resend") and attempt == 0:
@@ -156,7 +165,7 @@ class Exchange:
         return replace(whole, payload=whole.payload if changes is None else pack_changes(changes), facts=facts)
 
     def _send(
-        self, kind: str, round: int, packed: Mapping[int, Packed], traffic: Traffic
+        self, kind: str, round: int, packed: Mapping[int, Packed], until: float | None, traffic: Traffic
     ) -> Iterator[tuple[int, RecordDict | None]]:  # fmt: skip
         once: dict[tuple[object, ...], RecordDict] = {}
         messages = []
@@ -165,16 +174,17 @@ class Exchange:
             if key not in once:
                 once[key] = to_records(one.payload, {"round": round, "digest": one.digest, **one.facts})
             messages.append(Message(once[key], self.nodes[client], kind, group_id=str(round)))
-        return _gathered(self.grid, messages, self.nodes, self.deadline, traffic)
+        return _gathered(self.grid, messages, self.nodes, self.deadline, traffic, until=until)
 
 
 def connect(
     grid: Grid, codec: Codec, clients: int, *, deadline: float | None = None, patience: float = QUERY_SECONDS, seed: int = 0,
-    stream: Stream | None = None, starts: frozenset[str] = frozenset(),
+    stream: Stream | None = None, starts: frozenset[str] = frozenset(), needs: Callable[[int], Passport] | None = None,
 ) -> Exchange:  # fmt: skip
-    """Waits until nodes for all `clients` are there, asks each which client it is, and gives the exchange.
+    """Waits until nodes for all `clients` are there, asks each which client it is and what it stands on, and gives the exchange.
 
-    Raises `ConfigError` if two nodes are the same client or a client is missing.
+    `needs` is the passport that a client must match; None asks for none. Raises `ConfigError` if two nodes are the same client, if a
+    client is missing, and if one does not fit.
     """
     until, said = time.monotonic() + patience, -1
     while len(ids := sorted(grid.get_node_ids())) < clients:
@@ -187,6 +197,7 @@ def connect(
             raise ConfigError(f"{len(ids)} nodes are connected, clients={clients} are needed; start more nodes or lower clients")
         time.sleep(0.5)
     nodes: dict[int, int] = {}
+    said_of: dict[int, Mapping[str, object]] = {}
     traffic = Traffic()
     messages = [Message(RecordDict(), node, "query", group_id="query") for node in ids]
     for node, content in _gathered(grid, messages, {node: node for node in ids}, patience, traffic):
@@ -198,17 +209,44 @@ def connect(
             raise ConfigError(f"node {node} says it is client {client!r}, needed is a whole number; does it run fedpeft?")
         if client in nodes:
             raise ConfigError(f"two nodes say they are client {client}; give each node its own partition-id")
-        nodes[client] = node
+        nodes[client], said_of[client] = node, facts
     if missing := [client for client in range(clients) if client not in nodes]:
         why = f" (first fault: {traffic.faults[0].reason})" if traffic.faults else ""
         raise ConfigError(f"client {missing[0]} and {len(missing) - 1} more did not answer the first message{why}")
-    return Exchange(grid, codec, {client: nodes[client] for client in range(clients)}, deadline, seed, stream, starts)
+    shown = {} if needs is None else _fitting({client: said_of[client] for client in range(clients)}, needs)
+    return Exchange(grid, codec, {client: nodes[client] for client in range(clients)}, deadline, seed, stream, starts, shown)
+
+
+def _fitting(said: Mapping[int, Mapping[str, object]], needs: Callable[[int], Passport]) -> dict[int, Passport]:
+    """The clients' passports. Raises `ConfigError` with all differences of the first that does not fit, and the names of the others."""
+    shown: dict[int, Passport] = {}
+    faults: dict[int, list[str]] = {}
+    for client, facts in said.items():
+        try:
+            shown[client] = read_passport(facts)
+            found = needs(client).differences(shown[client], whose=f"client {client}")
+        except ValueError as fault:
+            found = [str(fault)]
+        if found:
+            faults[client] = found
+    if faults:
+        first, *others = faults
+        rest = f"\nnor do clients: {', '.join(map(str, others[:10]))}{' and more' if others[10:] else ''}" if others else ""
+        raise ConfigError("\n".join([f"client {first} does not fit this run:", *faults[first]]) + rest)
+    return shown
 
 
 def _raw(broadcast: Broadcast) -> int:
     """Bytes of all of its tensors as they are."""
     products = sum(part.B.nbytes + part.A.nbytes for chunk in broadcast.base_delta for part in chunk.values())
     return nbytes(broadcast.tensors) + products
+
+
+def _check_round(content: RecordDict, round: int) -> None:
+    """Raises `ValueError` for a reply to another round's broadcast: its differences are from another start."""
+    facts: Mapping[str, object] = content.config_records.get("facts", {})
+    if (said := facts.get("round")) != round:
+        raise ValueError(f"its reply is of round {said!r}, this is round {round}")
 
 
 def _metrics(content: RecordDict) -> Mapping[str, object]:
@@ -224,19 +262,23 @@ def _size(content: RecordDict) -> int:
 
 
 def _gathered(
-    grid: Grid, messages: list[Message], nodes: Mapping[int, int], timeout: float | None, traffic: Traffic
+    grid: Grid, messages: list[Message], nodes: Mapping[int, int], timeout: float | None, traffic: Traffic, *, until: float | None = None,
 ) -> Iterator[tuple[int, RecordDict | None]]:  # fmt: skip
-    """(client, content) of every reply, None where it is an error or never comes: a fault. `nodes` maps clients to node ids."""
+    """(client, content) of every reply, None where it is an error or never comes: a fault. `nodes` maps clients to node ids.
+
+    Waits `timeout` seconds, or what is left of them before `until`, on the clock of `time.monotonic`.
+    """
     if not messages:
         return
     clients = {node: client for client, node in nodes.items()}
     waiting = {message.metadata.dst_node_id for message in messages}
     sent: dict[str, int] = {}
-    for reply in grid.send_and_receive(messages, timeout=timeout):
+    left = timeout if until is None else until - time.monotonic()
+    for reply in grid.send_and_receive(messages, timeout=left) if left is None or left > 0 else ():
         sent = sent or {message.metadata.message_id: message.metadata.dst_node_id for message in messages}
-        # By message, not by source: the error of a dead node comes from the server's own id.
-        node = sent.get(reply.metadata.reply_to_message_id, reply.metadata.src_node_id)
-        if node not in waiting:
+        # By message, not by source: the error of a dead node comes from the server's own id, and a late reply is to an earlier message.
+        node = sent.get(reply.metadata.reply_to_message_id)
+        if node is None or node not in waiting:
             continue
         waiting.discard(node)
         if reply.has_error():

@@ -71,10 +71,10 @@ class Hidden:
 
         def mean(updates: Iterable[Update]) -> Tensors:
             sums = {name: torch.zeros(tensor.shape, dtype=torch.float64) for name, tensor in base.items()}
-            below = 0
+            below = 0.0  # of each client 1/2 if its change is short, else -1/2: one client more moves it by 1/2
             for update in updates:
                 change = {name: (update.tensors[name].double() - tensor.double())[None] for name, tensor in base.items()}
-                below += int(clip_each(change, clip)[0] <= clip)
+                below += 0.5 if float(clip_each(change, clip)[0]) <= clip else -0.5
                 for name, part in change.items():
                     sums[name] += part[0]
             source = self._secret if self.unit.noise == "os" else self._seeded(round, "noise")
@@ -97,12 +97,12 @@ class Hidden:
         """What is spent so far."""
         return self.spending.spent(self.terms.delta)
 
-    def _adapted(self, clip: float, below: int, source: Source) -> float:
+    def _adapted(self, clip: float, below: float, source: Source) -> float:
         """A step towards the clip that the wanted share of norms lies below (Andrew et al., algorithm 1); the count is noised."""
         assert self.unit.quantile is not None
         noise = self.cohort / 20 if self.unit.count_noise is None else self.unit.count_noise
-        count = below + noise * float(source.normal(1)[0])
-        return clip * math.exp(-self.unit.clip_rate * (count / self.cohort - self.unit.quantile))
+        share = 0.5 + (below + noise * float(source.normal(1)[0])) / self.cohort
+        return clip * math.exp(-self.unit.clip_rate * (share - self.unit.quantile))
 
     @cached_property
     def _secret(self) -> Secret:

@@ -65,6 +65,7 @@ def main() -> None:
     options.add_argument("--turns", type=int, default=3)
     options.add_argument("--cores", type=int, default=2)
     options.add_argument("--quick", action="store_true", help="only 5 steps a call, batch 4")
+    options.add_argument("--private", action="store_true", help="only what privacy costs")
     options.add_argument("--ray", choices=("no", "also", "only"), default="no", help="Flower's Ray engine; minutes")
     options.add_argument("--json", type=Path)
     chosen = options.parse_args()
@@ -73,7 +74,9 @@ def main() -> None:
         print(json.dumps(machine(chosen.cores) | compared(Path(chosen.data), chosen.clients, 5, 4, chosen.cores)))
         return
     cases = [Case(layers, 4, 5) for layers in LAYERS] + [Case("all layers", 4, 5, private=True)]
-    if not chosen.quick:
+    if chosen.private:
+        cases = cases[-1:]
+    elif not chosen.quick:
         cases += [Case(layers, 8, 5, one_process=False) for layers in LAYERS] + [Case("all layers", 4, 40, one_process=False)]
     base, examples = opened(chosen.data)
     gemm = ceiling(base)
@@ -91,7 +94,7 @@ def main() -> None:
         print(shown(table[-1]), flush=True)
     result: dict[str, Any] = {"machine": machine(chosen.cores), "clients": chosen.clients, "turns": chosen.turns, "table": table}
     result["gemm"] = gemm | {"tokens_of_an_example": round(each, 1)}
-    result["clients_table"] = scaling(base, examples, chosen.cores)
+    result["clients_table"] = None if chosen.private else scaling(base, examples, chosen.cores)
     if chosen.ray == "also":
         result["ray"] = compared(Path(chosen.data), chosen.clients, 5, 4, chosen.cores)
         print(json.dumps(result["ray"]), flush=True)

@@ -140,7 +140,7 @@ def loaded(folder: str) -> tuple[Any, Any]:
         torch.manual_seed(0)
         module = transformers.AutoModelForSequenceClassification.from_pretrained(where, num_labels=len(dataset.classes))
     if "examples" not in kept:
-        kept["examples"] = encoder("text", where, module, 128)(dataset.train)
+        kept["examples"] = encoder("text", where, module, 128)[0](dataset.train)
     model = get_peft_model(module, LoraConfig(task_type="SEQ_CLS", r=8, lora_alpha=16, target_modules=["query", "value"]))
     return model.eval(), kept["examples"]
 

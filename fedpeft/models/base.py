@@ -99,6 +99,7 @@ class Base:
     encode: Callable[[Table], Examples]
     source: str  # hub id or folder that stock transformers loads the same weights from
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    vocabulary: str = ""  # digest of its tokenizer's words and their numbers, where it has some
 
     def __post_init__(self) -> None:
         self.module.requires_grad_(False)

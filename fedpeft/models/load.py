@@ -1,5 +1,6 @@
 """Any Hugging Face model, from the hub or a local folder, with a fresh head for the task."""
 
+import hashlib
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -59,7 +60,7 @@ def load(
             module, facts = kinds[dataset.task].from_pretrained(
                 where, revision=revision, dtype=DTYPES[dtype], output_loading_info=True, **sizes
             )
-            encode = encoder(dataset.task, where, module, max_length, revision)
+            encode, words = encoder(dataset.task, where, module, max_length, revision)
         except OSError as fault:
             raise ValueError(
                 f"model.id={where} could not be loaded: {str(fault).splitlines()[0]} Check the id, or give a local folder; "
@@ -69,18 +70,18 @@ def load(
     names = [name for name, _ in module.named_parameters()]
     head = () if dataset.task == "language" else tuple(n for n in names if n in fresh or n.split(".")[0] in HEADS)
     _keep_head_precise(module, head)
-    return Base(module.to(device), dataset.task, head, encode, where, device)
+    return Base(module.to(device), dataset.task, head, encode, where, device, words)
 
 
-def encoder(task: Task, where: str, module: Any, max_length: int, revision: str | None = None) -> Callable[[Table], Examples]:
-    """What turns a table into examples for this model."""
+def encoder(task: Task, where: str, module: Any, max_length: int, revision: str | None = None) -> tuple[Callable[[Table], Examples], str]:
+    """What turns a table into examples for this model, and a digest of its vocabulary."""
     import transformers
 
     if task == "image":
         processor = transformers.AutoImageProcessor.from_pretrained(where, revision=revision)
         side, patch = getattr(module.config, "image_size", None), getattr(module.config, "patch_size", None)
         positions = (side // patch) ** 2 + 1 if isinstance(side, int) and isinstance(patch, int) else 196
-        return lambda table: Images(_processed(processor, table), table.labels, positions)
+        return lambda table: Images(_processed(processor, table), table.labels, positions), ""
     tokenizer = transformers.AutoTokenizer.from_pretrained(where, revision=revision)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -102,7 +103,8 @@ def encoder(task: Task, where: str, module: Any, max_length: int, revision: str 
         types = [t for row in made["token_type_ids"] for t in row] if pairs and typed else None
         return tokens(rows, table.labels, tokenizer.pad_token_id, types, predicts=task == "language")
 
-    return encode
+    words = hashlib.blake2b(repr(sorted(tokenizer.get_vocab().items())).encode(), digest_size=12)
+    return encode, words.hexdigest()
 
 
 def tokens(rows: list[list[int]], labels: torch.Tensor, padding: int, types: list[int] | None = None, *, predicts: bool = False) -> Tokens:

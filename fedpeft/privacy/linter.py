@@ -11,8 +11,6 @@ from fedpeft.privacy.unit import Client, Example, Unit
 from fedpeft.strategy import Strategy
 
 COUPLING = (nn.modules.batchnorm._BatchNorm,)  # layers through which one example of a batch changes another's output
-DATA_DRIVEN = {"adalora": "it moves ranks between layers by importances of gradients that nobody clipped"}
-STARTS = ("eva", "lora_ga", "corda", "loftq_data")  # peft starts that look at training data
 
 
 @dataclass(frozen=True)
@@ -146,23 +144,17 @@ def _dropout(facts: Facts) -> str | None:
     )
 
 
-def _adapter(facts: Facts) -> str | None:
-    name = facts.config.choices["adapter"]
-    return f"adapter={name}: {DATA_DRIVEN[name]}; set adapter=lora" if facts.example and name in DATA_DRIVEN else None
-
-
-def _start(facts: Facts) -> str | None:
-    spec: Mapping[str, Any] = facts.config.adapter
-    fields = {**spec, **(spec.get("fields") or {})} if isinstance(spec.get("fields"), Mapping) else dict(spec)
-    found = next((str(value) for key, value in fields.items() if key.startswith("init") and str(value).lower() in STARTS), None)
-    return found and f"the adapter's start {found} looks at training data outside the budget; choose one that does not"
+def _public(facts: Facts) -> str | None:
+    if not facts.config.data.get("public_small_groups"):
+        return None
+    return "data.public_small_groups=true makes the base model of small clients' data, without noise; leave it false"
 
 
 def _redrawn(facts: Facts) -> str | None:
-    if facts.client and facts.client.sampling == "poisson" and facts.config.min_clients > 1:
+    if facts.client and facts.config.min_clients > 1:
         return (
-            f"min_clients={facts.config.min_clients} draws small cohorts again, and coins of which only some results count are no longer "
-            "independent; set min_clients=1 (an empty cohort is a round of noise)"
+            f"min_clients={facts.config.min_clients} would draw a round again that too few answer: one failure would decide whom the "
+            "sum is over; set min_clients=1 (who does not answer counts as no change, an empty cohort is a round of noise)"
         )
     return None
 
@@ -180,7 +172,7 @@ def _ranks(facts: Facts) -> str | None:
 
 
 def _gone(facts: Facts) -> str | None:
-    """Rates of the example unit that make it meaningless."""
+    """Clients of one example each: there the two units are one."""
     if facts.example is None or max(facts.sizes) > 1:
         return None
     return "every client has one example: to hide it is to hide the client; set privacy=client"
@@ -213,8 +205,7 @@ RULES: Mapping[str, Rule] = {
     "delta": _delta,
     "batch norm": _batch_norm,
     "dropout": _dropout,
-    "adapter": _adapter,
-    "start": _start,
+    "public data": _public,
     "redrawn cohorts": _redrawn,
     "one client": _crowd,
     "mixed ranks": _ranks,

@@ -29,7 +29,10 @@ def clip_each(each: Tensors, clip: float) -> Tensor:
 
 @torch.no_grad()
 def add_noise(sums: Tensors, std: float, source: Source) -> None:
-    """Adds independent Gaussian noise of standard deviation `std` to every entry of `sums`, in place and in the order of their names."""
+    """Adds independent Gaussian noise of standard deviation `std` to every entry of `sums`, in place and in the order of their names.
+
+    Sum and noise meet in float64, and are rounded once: noise in float32 would leave what it is added to in the lowest bits.
+    """
     if not std:
         return
     names = sorted(sums)
@@ -37,5 +40,5 @@ def add_noise(sums: Tensors, std: float, source: Source) -> None:
     for name in names:
         total = sums[name]
         part = drawn[at : at + total.numel()].view(total.shape)
-        total.add_(part.to(total.device, total.dtype), alpha=std)
+        total.copy_(total.double().add_(part.to(total.device, torch.float64), alpha=std))
         at += total.numel()

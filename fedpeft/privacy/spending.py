@@ -1,5 +1,6 @@
 """Spending: the releases of one unit, on disk before they are made. What was reserved is spent, whether it was sent or not."""
 
+import fcntl
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -48,9 +49,17 @@ class Spending:
         self, events: Sequence[Event], *, budget: float, delta: float,
         clients: Sequence[int] | None = None, facts: Mapping[str, Any] | None = None,
     ) -> float:  # fmt: skip
-        """`check`, and then writes down that `events` will be released."""
+        """`check`, and then writes down that `events` will be released; two processes take turns."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            return self._reserved(events, budget, delta, clients, {} if facts is None else facts)
+
+    def _reserved(
+        self, events: Sequence[Event], budget: float, delta: float, clients: Sequence[int] | None, facts: Mapping[str, Any]
+    ) -> float:  # fmt: skip
         whole = self.check(events, budget=budget, delta=delta, clients=clients)
-        line = {**({} if facts is None else facts), "events": [asdict(event) for event in events], "epsilon": whole, "delta": delta}
+        line = {**facts, "events": [asdict(event) for event in events], "epsilon": whole, "delta": delta}
         self._append(json.dumps(line if clients is None else {**line, "clients": list(clients)}) + "\n")
         return whole
 
@@ -61,7 +70,6 @@ class Spending:
         return _most(lines, (), named if any("clients" in line for line in lines) else None, delta, step)
 
     def _append(self, line: str) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         new = not self.path.exists()
         with self.path.open("a+b") as file:
             file.seek(0)

@@ -33,7 +33,8 @@ def statement(unit: Unit, *, epsilon: float, delta: float, sizes: Sequence[int],
                 if unit.adversary == "outsider"
                 else " and knows who took part in which round; no credit is taken for rounds that a client sat out."
             ),
-            "Trusted: the server, which sees each client's update before it is noised, and keeps the run's own ledger to itself.",
+            "Trusted: the server, which sees each client's update before it is noised. Only the adapter is released: the run's "
+            "folder (ledger, faults, sizes of payloads, checkpoints) stays with the server.",
             "Not covered: hyperparameters chosen by looking at other runs on the same clients; accuracy measured on data of the clients; "
             "one person's data at several clients; what clients keep for themselves.",
         ]
@@ -45,7 +46,7 @@ def statement(unit: Unit, *, epsilon: float, delta: float, sizes: Sequence[int],
         f"Poisson batches (rate {low:.3g} to {high:.3g}: batch {batch} of {min(sizes)} to {max(sizes)} examples), noise, divided by "
         "the expected size of a batch.",
         "Hidden from: whoever sees what a client sends in all rounds, the server too. No credit for rounds that a client sits out.",
-        "Public: how many examples each client has, and how many steps it takes.",
+        "Public: how many examples each client has (one that is added or removed leaves its place empty), and how many steps it takes.",
         "Not covered: hyperparameters chosen by looking at other runs on the same data; the test set and what is measured on it; the data "
         "that the base model was trained on; an example that occurs more than once.",
     ]

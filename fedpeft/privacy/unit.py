@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, get_args
 
-from fedpeft.privacy.accountant import Event, noise_for
+from fedpeft.privacy.accountant import COARSE, Event, noise_for
 
+LEAST = 1e-6  # of a clip
 Noise = Literal["os", "seeded-insecure"]  # the operating system's entropy; or from the run's seed, which hides nothing from who knows it
 
 
@@ -25,6 +26,8 @@ class _Unit:
             value = getattr(self, name)
             if value is not None and not (value > 0 and (math.isfinite(value) or name == "epsilon")):
                 raise ValueError(f"privacy.{name}={value}: needed is a positive number; without noise nobody is hidden (privacy=none)")
+        if not LEAST <= self.clip <= 1 / LEAST:  # beyond, floats would keep the clip and lose the noise
+            raise ValueError(f"privacy.clip={self.clip:g}: needed is a number from {LEAST:g} to {1 / LEAST:g}")
         if self.delta is not None and not 0 < self.delta < 1:
             raise ValueError(f"privacy.delta={self.delta}: needed is a probability above 0 and below 1")
         if self.noise not in get_args(Noise):
@@ -92,7 +95,11 @@ class Client(_Unit):
             )
         if self.quantile is not None and not 0 < self.quantile < 1:
             raise ValueError(f"privacy.quantile={self.quantile}: needed is a share above 0 and below 1, or null")
-        for name in ("query_clip", "clip_rate", "count_noise"):
+        if self.query_clip is not None and not LEAST <= self.query_clip <= 1 / LEAST:
+            raise ValueError(
+                f"privacy.query_clip={self.query_clip:g}: needed is a number from {LEAST:g} to {1 / LEAST:g}, a positive number"
+            )
+        for name in ("clip_rate", "count_noise"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"privacy.{name}={value}: needed is a positive number")
@@ -157,7 +164,7 @@ def example_terms(unit: Example, *, examples: int, batch: int, steps: int, round
 
 @lru_cache(maxsize=4096)
 def _least(budget: float, delta: float, rate: float, count: int, beside: tuple[Event, ...]) -> float:
-    return noise_for(budget, delta, lambda sigma: (Event(sigma, rate, count), *beside))
+    return noise_for(budget, delta, lambda sigma: (Event(sigma, rate, count), *beside), step=COARSE)
 
 
 @lru_cache(maxsize=64)
@@ -166,7 +173,7 @@ def client_terms(unit: Client, *, clients: int, cohort: int, rounds: int, turns:
     delta = unit.delta_for(clients)
     rate = cohort / clients if unit.adversary == "outsider" else 1.0
     count = rounds if unit.adversary == "outsider" or unit.sampling == "poisson" else turns
-    sigma = unit.noise_multiplier or noise_for(unit.epsilon, delta, lambda sigma: (Event(sigma, rate, count),))
+    sigma = unit.noise_multiplier or noise_for(unit.epsilon, delta, lambda sigma: (Event(sigma, rate, count),), step=COARSE)
     if unit.quantile is not None:
         sum_noise(unit, sigma, cohort)
     return Terms(rate, sigma, delta, unit.epsilon)

@@ -138,3 +138,20 @@ def test_what_divides_is_the_expected_batch_whatever_was_drawn(setting: Setting,
     private, rows = here.budget.private(0, 0, here.strategy.phase(0)), setting.split.clients[0]
     assert private.expected == pytest.approx(8.0)
     assert len({len(batch) for _ in range(20) for batch in private.draw(rows)}) > 3
+
+
+def test_a_budget_whose_file_is_gone_pays_nothing_more(setting: Setting, site: Callable[..., Site]) -> None:
+    here = site()
+    here.answer(0, "train", message(setting, 0))
+    assert here.budget is not None
+    here.budget.spending(0).path.unlink()
+    with pytest.raises(OSError, match="what was spent is not known"):
+        here.answer(0, "train", message(setting, 1, 0.1))
+
+
+def test_a_fault_in_private_training_says_nothing_of_the_examples(
+    setting: Setting, site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Engine, "train", lambda self, phase, jobs, **_: [ValueError("example 7 has label 9") for _ in jobs])
+    with pytest.raises(ValueError, match="training failed; the reason stands in the client's log"):
+        site().answer(0, "train", message(setting, 0))

@@ -16,12 +16,13 @@ from fedpeft.adapters.base import Adapted
 from fedpeft.adapters.lora import Lora
 from fedpeft.adapters.tuner import Tuner
 from fedpeft.config import Options
+from fedpeft.lowrank import LowRank
 from fedpeft.messages import Broadcast
 from fedpeft.models.base import Base, Examples
 from fedpeft.models.load import quiet, tokens
-from fedpeft.models.score import score
+from fedpeft.models.score import examined, score
 from fedpeft.strategy import Phase
-from fedpeft.tensors import not_a
+from fedpeft.tensors import not_a, targets
 
 PLAIN = Phase()
 
@@ -205,3 +206,23 @@ def test_the_engines_check_catches_a_model_that_does_something_else(adapted: Ada
     start = adapted.read()
     want = [train(adapted, PLAIN, texts, job, round=0) for job in jobs(start)]
     assert farthest(engine.train(PLAIN, jobs(start), round=0), want) < 1e-10  # by the whole model
+
+
+@pytest.mark.parametrize("kind", ["bert", "vit", "gpt2", "llama", "llama_classifier"])
+@pytest.mark.parametrize("changed", [False, True], ids=["adapter", "base too"])
+def test_the_global_model_is_looked_at_with_what_frozen_layers_gave(kind: str, changed: bool, tiny, examples, query_value) -> None:
+    base = tiny(kind)
+    adapted, data = Lora(rank=2, targets=rf".*[.]1[.].*({'|'.join(query_value[kind])})").attach(base, seed=0), examples(base)
+    rng = torch.Generator().manual_seed(0)
+    tensors = {name: t + 0.1 * torch.randn(t.shape, generator=rng, dtype=torch.float64).to(t.dtype) for name, t in adapted.read().items()}
+    layer = targets(tensors)[0]
+    delta = ({layer: LowRank(tensors[f"{layer}.B"], tensors[f"{layer}.A"])},) if changed else ()
+    adapted.fill(tensors)
+    with adapted.shifted(delta):
+        want = examined(adapted.logits, base.task, data, torch.arange(len(data)))
+    made = Engine(adapted, data, Options())
+    got = made.examined(Broadcast(tensors, delta), data, batch=4)
+    assert made._tests is not None
+    assert made._tests.way.below or made._tests.way.tail  # else there was nothing to test
+    assert float((got - want).abs().max()) < 1e-10
+    adapted.undo()

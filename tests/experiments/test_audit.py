@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from experiments import cli
-from experiments.audit import EXPECTED, KINDS, SITUATIONS, attack, check_trainer, check_trainers
+from experiments.audit import EXPECTED, KINDS, SITUATIONS, attack, check_server, check_trainer, check_trainers
 from fedpeft.privacy.mechanism import add_noise, clip_each
 from fedpeft.privacy.noise import SeededInsecure, Source
 from fedpeft.tensors import Tensors
@@ -49,7 +49,7 @@ def test_the_mechanism_as_it_is_passes(call: Callable[..., tuple[int, str, str]]
     assert code == 0
     assert "6.573" in out
     assert out.count("no violation") == 3  # two sizes of canaries, and the end
-    assert out.count("ok   ") == 10
+    assert out.count("ok   ") == 13
     assert "proves nothing" in out
     assert "FAILS" not in out
     assert max(map(len, out.splitlines())) < 120
@@ -91,6 +91,18 @@ def test_a_fault_in_one_trainer_alone_is_found_there(
     who = "many clients at once" if trainer == "wave" else "one client"
     assert any(want in name for name in failed)
     assert all(who in name for name in failed)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(("part", "plant", "want"), [("add_noise", half, "all the noise"), ("clip_each", no_clip, "by the clip at most")])
+def test_a_fault_in_the_servers_mean_is_found_there(
+    part: str, plant: Callable[..., Any], want: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert [check.holds for check in check_server(2.0)] == [True, True, True]
+    monkeypatch.setattr(f"server.private.{part}", plant)
+    failed = [check.name for check in check_server(2.0) if not check.holds]
+    assert any(want in name for name in failed)
+    assert all(name.startswith("clients at the server: ") for name in failed)
 
 
 @pytest.mark.fast

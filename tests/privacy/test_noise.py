@@ -38,3 +38,16 @@ def test_two_processes_draw_other_noise_from_a_stream_made_before_they_parted() 
 @pytest.mark.parametrize("size", [0, 1, 2, 7])
 def test_any_number_of_draws(size: int) -> None:
     assert Secret().normal(size).shape == (size,)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_no_lattice_shows_through_a_sum(dtype: torch.dtype) -> None:
+    """Pairs of one transform with a coarse radius lie on circles that a released sum betrays: x^2 + y^2 = -2 log of a multiple of 2^-31."""
+    drawn = Secret().normal(2 * PIECE * 8).to(dtype).double()
+    for gap in (PIECE // 2, 1):
+        x, y = drawn[:-gap], drawn[gap:]
+        k = torch.exp(-(x * x + y * y) / 2) * 2.0**31
+        small = k[k < 2000.0 * 2**10]
+        off = (small - small.round()).abs()
+        assert len(small) > 100
+        assert abs(float(off.mean()) - 0.25) < 6 * 0.15 / len(small) ** 0.5  # evenly spread: on no circle

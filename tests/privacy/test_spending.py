@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from clients.lanes import Lanes
 from fedpeft.privacy.accountant import Event, epsilon
 from fedpeft.privacy.spending import BudgetSpent, Spending
 
@@ -80,3 +81,21 @@ def test_an_empty_cohort_costs_nobody_anything(tmp_path: Path) -> None:
     spending = Spending(tmp_path / "privacy.jsonl")
     assert spending.reserve((Event(2.0),), budget=8.0, delta=1e-5, clients=[]) == 0.0
     assert spending.spent(1e-5) == 0.0
+
+
+def test_two_processes_take_turns(tmp_path: Path) -> None:
+    """Else both would pass one check, or cut off each other's line."""
+    path = tmp_path / "privacy.jsonl"
+    budget = epsilon([Event(1.0, 0.1, 40)], 1e-5) + 1e-6  # four rounds
+
+    def work(order: int) -> int:
+        try:
+            Spending(path).reserve(ROUND, budget=budget, delta=1e-5)
+        except BudgetSpent:
+            return 0
+        return 1
+
+    with Lanes(lambda lane: work, 2) as lanes:
+        done = [answer for _, answer in lanes.map(range(8))]
+    assert sum(done) == 4
+    assert len(Spending(path).lines()) == 4

@@ -69,6 +69,8 @@ def test_sum_and_count_together_cost_one_release() -> None:
         (["privacy=example", "privacy.epsilon=inf"], "say nothing"),
         (["privacy=example", "privacy.noise_multiplier=0"], "nobody is hidden"),
         (["privacy=example", "privacy.clip=0"], "positive number"),
+        (["privacy=example", "privacy.clip=1e-45"], "from 1e-06 to 1e"),
+        (["privacy=client", "privacy.query_clip=1e-9"], "from 1e-06 to 1e"),
         (["privacy=example", "privacy.delta=1"], "probability"),
         (["privacy=example", "privacy.noise=seed"], "needed is os or seeded-insecure"),
         (["privacy=example", "privacy.adversary=outsider"], "no credit for rounds"),

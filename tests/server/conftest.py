@@ -38,6 +38,7 @@ class Clients:
     order: Callable[[Sequence[Message]], Sequence[Message]] = list
     holds: bool = True
     indices: Callable[[int], Any] = lambda node: node - FIRST  # node id -> the client it says it is
+    says: Callable[[int], dict[str, Any]] = lambda client: {}  # of itself, to the first message
     held: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     starts: dict[str, Tensor] = field(default_factory=dict)  # by digest: what each makes for itself
     down: list[tuple[int, Payload]] = field(default_factory=list)  # (client, payload) as they came in
@@ -47,7 +48,7 @@ class Clients:
         for message in self.order(messages):
             client = self.indices(message.metadata.dst_node_id)
             if message.metadata.message_type == "query":
-                yield Message(RecordDict({"facts": ConfigRecord({"client": client})}), reply_to=message)
+                yield Message(RecordDict({"facts": ConfigRecord({"client": client, **self.says(client)})}), reply_to=message)
                 continue
             self.down.append((client, from_records(message.content)))
             try:
@@ -78,7 +79,8 @@ class Clients:
         end = {name: tensor + 1 / (client + 2) if phase.trains(name) else tensor for name, tensor in start.tensors.items()}
         update = Update(client, change(only(end, phase.shares)), client + 1.0)
         facts = {"weight": client + 1.0, "loss": float(client), "accuracy": client / 10} | metrics
-        return Message(to_records(pack_update(update, start, self.codec)[0], {"holds": self.holds}, facts), reply_to=message)
+        payload = pack_update(update, start, self.codec)[0]
+        return Message(to_records(payload, {"holds": self.holds, "round": round}, facts), reply_to=message)
 
 
 @pytest.fixture
@@ -99,6 +101,12 @@ def joined() -> Callable[..., Exchange]:
 @pytest.fixture
 def start() -> Tensors:
     return adapter()
+
+
+def _round(message: Message) -> int:
+    round = message.content.config_records["facts"]["round"]
+    assert isinstance(round, int)
+    return round
 
 
 def failing(clients: Clients, message: Message, client: int) -> Message:
@@ -125,7 +133,7 @@ def changing(change: Callable[[Tensors], Tensors]) -> Odd:
 def raw_reply(header: str, data: bytes, **metrics: float) -> Odd:
     """These very bytes."""
     return lambda clients, message, client: Message(
-        to_records(Payload(header, data), {"holds": True}, {"weight": 1.0, **metrics}), reply_to=message
+        to_records(Payload(header, data), {"holds": True, "round": _round(message)}, {"weight": 1.0, **metrics}), reply_to=message
     )
 
 
@@ -155,8 +163,8 @@ UNREADABLE: dict[str, tuple[Odd, str]] = {
     "data of garbage": (raw_reply('[["q.A", "float32", [2, 5]]]', b"\7" * 39), "payload holds 39"),
     "a side past 64 bits": (raw_reply('[["q.A", "float32", [0, 1000000000000000000000]]]', b""), "size that can be"),
     "no payload": (bare_reply(RecordDict), "does not come from fedpeft"),
-    "no metrics": (bare_reply(lambda: to_records(Payload("[]", b""), {})), "metrics"),
-    "no weight": (bare_reply(lambda: to_records(Payload("[]", b""), {}, {"loss": 1.0})), "weight"),
+    "no metrics": (lambda c, m, k: Message(to_records(Payload("[]", b""), {"round": _round(m)}), reply_to=m), "metrics"),
+    "no weight": (lambda c, m, k: Message(to_records(Payload("[]", b""), {"round": _round(m)}, {"loss": 1.0}), reply_to=m), "weight"),
 }
 
 

@@ -128,46 +128,6 @@ def test_updates_are_decoded_one_at_a_time(clients, joined, start):
         alive.append(weakref.ref(update))
 
 
-# Faults
-
-
-def test_a_reply_that_cannot_be_read_is_a_named_fault_and_the_others_go_on(clients, joined, start, unreadable):
-    answer, words = unreadable
-    traffic = Traffic()
-    updates = list(joined(clients(FedAvg(), odd={1: answer}), 3).train(0, everyone(Broadcast(start)), traffic))
-    assert [update.client for update in updates] == [0, 2]
-    (fault,) = traffic.faults
-    assert fault.client == 1
-    assert words in fault.reason
-
-
-def test_a_client_that_does_not_answer_is_a_fault(start):
-    def serve(messages):
-        for message in messages:
-            if message.metadata.message_type == "query":
-                yield Message(RecordDict({"facts": ConfigRecord({"client": message.metadata.dst_node_id - 2})}), reply_to=message)
-
-    for deadline, reason in ((None, "no answer"), (30.0, "no answer within 30 s")):
-        traffic = Traffic()
-        exchange = connect(InProcessGrid(serve, 2), Raw(), 2, deadline=deadline)
-        assert list(exchange.train(0, everyone(Broadcast(start), (0, 1)), traffic)) == []
-        assert [(fault.client, fault.reason) for fault in traffic.faults] == [(0, reason), (1, reason)]
-
-
-def test_a_second_reply_of_the_same_client_is_not_taken(clients, joined, start):
-    class Twice(clients):
-        def __call__(self, messages):
-            for reply in super().__call__(messages):
-                yield reply
-                if reply.metadata.message_type == "train":
-                    yield reply
-
-    traffic = Traffic()
-    updates = list(joined(Twice(FedAvg()), 2).train(0, everyone(Broadcast(start), (0, 1)), traffic))
-    assert [update.client for update in updates] == [0, 1]
-    assert traffic.faults == []
-
-
 # What is held is not sent
 
 

@@ -148,6 +148,17 @@ def test_the_clip_follows_the_quantile_of_the_norms(tmp_path: Path) -> None:
     assert [again.clip(round) for round in (0, 7, 60)] == [made.clip(round) for round in (0, 7, 60)]
 
 
+def test_one_client_more_moves_the_count_by_one_half(tmp_path: Path) -> None:
+    """Else the count's noise, which is reckoned against one half, would hide it too little."""
+    unit = replace(QUIET, quantile=0.5, count_noise=1e-6, noise_multiplier=1e-7, clip_rate=1.0)
+    clips = []
+    for name, some in (("none", []), ("short", [update(0, 0.5)]), ("long", [update(0, 5.0)])):
+        made = hidden(tmp_path / name, unit, cohort=4)
+        made.mean(0, Broadcast(START), [0], everything)(iter(some))
+        clips.append(math.log(made.clip(1)))
+    assert clips == pytest.approx([0.0, -0.5 / 4, 0.5 / 4], abs=1e-4)
+
+
 def test_a_round_of_gradients_has_a_clip_of_its_own(tmp_path: Path) -> None:
     unit = replace(QUIET, query_clip=7.0)
     made = hidden(tmp_path, unit)
@@ -178,6 +189,26 @@ def test_rounds_end_when_the_budget_does_and_say_what_was_spent(clients, joined,
     assert seen[-1].epsilon <= budget + 1e-3
     assert math.isnan(seen[0].loss)  # no client's loss stands anywhere
     assert seen[0].gap.error is None
+
+
+def test_who_fails_does_not_decide_whom_the_sum_is_over(clients, joined, start, tmp_path: Path) -> None:
+    """A round that nobody answers is one of noise, never drawn again: coins of which only some results count are no coins."""
+    made = hidden(tmp_path, Client(epsilon=float("inf"), noise_multiplier=1.0, clip=0.1), clients=3, cohort=3)
+    strategy, drawn = FedAvg(), []
+
+    def draw(round: int, attempt: int) -> Cohort:
+        drawn.append(attempt)
+        return made.draw(round, attempt)
+
+    def fails(*_: Any) -> Any:
+        raise ArithmeticError("no")
+
+    (done,) = run(
+        strategy, strategy.init({"main": start}), joined(clients(strategy, odd=dict.fromkeys(range(3), fails)), 3), draw, None,  # type: ignore[arg-type]  # nobody asks it
+        first=0, rounds=1, hidden=made,
+    )  # fmt: skip
+    assert (done.answers, drawn) == (0, [0])
+    assert not torch.equal(strategy.broadcast(done.state, 1, None).tensors["q.B"], start["q.B"])
 
 
 def test_a_poisson_round_without_clients_is_no_fault(clients, joined, start, tmp_path: Path) -> None:

@@ -1,0 +1,94 @@
+"""Processes: what a deployment started and left running, one file of pid and start time for each.
+
+A pid is used again once its process has ended, so the start time is compared before anything is ended: a stranger never is.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedpeft.ledger import write_text
+
+PATIENCE = 20.0  # seconds a process gets to end by itself before it is killed
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of the state folder `folder`: `<name>.pid` says who runs, `<name>.log` what it said."""
+
+    folder: Path
+
+    def running(self, name: str) -> int | None:
+        """The pid of the process `name`, if it runs."""
+        try:
+            noted = json.loads((self.folder / f"{name}.pid").read_text())
+        except (FileNotFoundError, json.JSONDecodeError):
+            return None
+        pid = int(noted["pid"])
+        return pid if _born(pid) == noted["born"] else None
+
+    def start(self, name: str, command: Sequence[str], environment: Mapping[str, str]) -> bool:
+        """Starts `command` in this folder, in a session of its own, unless it runs; True if it was started."""
+        if self.running(name) is not None:
+            return False
+        with self.log(name).open("a") as log:
+            made = subprocess.Popen(
+                command, cwd=self.folder, env=dict(environment), stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
+        made.returncode = 0  # it is left running on purpose; Popen would warn of that
+        write_text(self.folder / f"{name}.pid", json.dumps({"pid": made.pid, "born": _born(made.pid), "command": list(command)}) + "\n")
+        return True
+
+    def stop(self, name: str) -> bool:
+        """Ends the process `name`, by force if it does not end within `PATIENCE`; True if it ran."""
+        pid = self.running(name)
+        if pid is not None:
+            os.kill(pid, signal.SIGTERM)
+            if not self._gone(name, PATIENCE):
+                os.killpg(pid, signal.SIGKILL)  # it leads a session of its own: what it started goes with it
+                self._gone(name, PATIENCE)
+        (self.folder / f"{name}.pid").unlink(missing_ok=True)
+        return pid is not None
+
+    def names(self) -> list[str]:
+        """Of all processes that were started here and not stopped."""
+        return sorted(path.stem for path in self.folder.glob("*.pid"))
+
+    def log(self, name: str) -> Path:
+        """What the process wrote."""
+        return self.folder / f"{name}.log"
+
+    def last_words(self, name: str, lines: int = 6) -> str:
+        """The end of its log, for an error message."""
+        path = self.log(name)
+        text = path.read_text(errors="replace").splitlines()[-lines:] if path.exists() else []
+        return "\n".join([f"{path} ends with", *text])
+
+    def _gone(self, name: str, seconds: float) -> bool:
+        until = time.monotonic() + seconds
+        while self.running(name) is not None:
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.05)
+        return True
+
+
+def _born(pid: int) -> str | None:
+    """When the process began, in words that no other process of this pid shares; None if it has ended."""
+    stat = Path(f"/proc/{pid}/stat")
+    if not stat.parent.parent.joinpath("self").exists():  # no Linux: to the second
+        found = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True, check=False)
+        return found.stdout.strip() or None
+    try:
+        fields = stat.read_text().rpartition(")")[2].split()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    if fields[0] in "ZX":  # a zombie has ended; who started it has not looked yet
+        return None
+    return f"{boot} {fields[19]}"  # ticks since boot

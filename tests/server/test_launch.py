@@ -1,0 +1,93 @@
+"""server.yaml: what it says is checked before anything starts, and what starts are Flower's own commands."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from fedpeft.config import ConfigError
+from fedpeft.deployment import Tls
+from server.launch import ServerFile, read, submit, superexec, superlink, words_of
+
+TLS = Tls(Path("/ca.crt"), Path("/server.pem"), Path("/server.key"))
+
+
+def written(folder: Path, text: str) -> Path:
+    (folder / "server.yaml").write_text(text)
+    return folder / "server.yaml"
+
+
+@pytest.mark.fast
+def test_paths_begin_at_the_file_and_keys_are_those_of_the_folder(tmp_path: Path) -> None:
+    for name in ("ca.crt", "server.pem", "server.key", "south.pub", "north.pub", "north"):
+        (tmp_path / name).touch()
+    server = read(
+        written(tmp_path, "state: s\nclients: 2\ntls: {ca: ca.crt, cert: server.pem, key: server.key}\nkeys: [.]\nrun: [rounds=5]")
+    )
+    assert server.state == tmp_path / "s"
+    assert [key.name for key in server.keys] == ["north.pub", "south.pub"]
+    assert server.run == ("rounds=5",)
+    assert (server.fleet, server.control) == ("0.0.0.0:9092", "127.0.0.1:8000")
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("state: s\nclients: 2", "tls.ca is missing: `fedpeft certs` makes it"),
+        ("state: s\nclients: 2\ninsecure: true", "fleet=0.0.0.0:9092 can be reached from other machines"),
+        ("state: s\nclients: 2\ninsecure: true\nfleet: 127.0.0.1:9092\ncontrol: 0.0.0.0:8000", "control=0.0.0.0:8000 can be reached"),
+        ("state: s\nclients: 0\ninsecure: true\nfleet: 127.0.0.1:9092", "clients=0: needed is how many"),
+        ("state: s\nclients: 2\nrun: rounds=5", "run=rounds=5: needed is a list"),
+        ("state: s\nclients: 2\nkeys: [nobody.pub]", "nobody.pub is not there; a client makes it with `fedpeft certs client`"),
+        ("clients: 2\nport: 9092", "port: there is no such field"),
+    ],
+)
+def test_a_fault_names_the_field_and_the_next_step(tmp_path: Path, text: str, fault: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(fault)):
+        read(written(tmp_path, text))
+
+
+@pytest.mark.fast
+def test_the_superlink_is_flowers_with_tls_node_keys_and_a_database() -> None:
+    command = shlex.join(superlink(ServerFile(Path("/s"), 2, tls=TLS), Path("/s/secret")))
+    for words in (
+        "--ssl-ca-certfile /ca.crt --ssl-certfile /server.pem --ssl-keyfile /server.key --enable-supernode-auth",
+        "--fleet-api-address 0.0.0.0:9092 --host 127.0.0.1 --port 8000",
+        "--database /s/superlink.db",
+        "--isolation process --superexec-auth-secret-file /s/secret",
+        "--disable-runtime-dependency-installation",
+    ):
+        assert words in command
+    assert "--insecure" not in command
+
+
+@pytest.mark.fast
+def test_the_superexec_shares_the_secret_and_the_authority() -> None:
+    command = shlex.join(superexec(ServerFile(Path("/s"), 2, tls=TLS), Path("/s/secret")))
+    assert "--root-certificates /ca.crt --runtime-api-address 127.0.0.1:8000 --superexec-auth-secret-file /s/secret" in command
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("word", "fault"),
+    [
+        ("clients=3", "server.yaml has clients: 2"),
+        ("rounds=0", "rounds=0: needed is at least 1"),
+        ("strategy._target_=os.system", "_target_ is read only"),
+        ("strategy=nothing", "there is no such strategy"),
+    ],
+)
+def test_a_run_that_cannot_be_is_refused_before_it_is_handed_over(tmp_path: Path, word: str, fault: str) -> None:
+    server = ServerFile(tmp_path, 2, tls=TLS)
+    with pytest.raises(ConfigError, match=fault):
+        submit(server, words_of(server, [word], tmp_path / "run"))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.fast
+def test_all_clients_take_part_unless_the_run_says_otherwise() -> None:
+    server = ServerFile(Path("/s"), 3, run=("rounds=5",))
+    assert words_of(server, ["seed=1"], Path("/r")) == ["clients=3", "cohort=3", "rounds=5", "seed=1", "run.dir=/r"]
+    assert words_of(server, ["cohort=2"], Path("/r")) == ["clients=3", "rounds=5", "cohort=2", "run.dir=/r"]

@@ -1,0 +1,70 @@
+"""What was started is ended by its pid, and only if it is still the same process."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fedpeft import processes
+from fedpeft.processes import Processes
+
+SLEEPS = [sys.executable, "-c", "import time; time.sleep(600)"]
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Iterator[Processes]:
+    made = Processes(tmp_path)
+    yield made
+    for name in made.names():
+        made.stop(name)
+
+
+@pytest.mark.fast
+def test_a_process_is_started_once_found_again_and_ended(here: Processes) -> None:
+    assert here.start("one", SLEEPS, os.environ)
+    pid = here.running("one")
+    assert pid is not None
+    assert not Processes(here.folder).start("one", SLEEPS, os.environ)  # another command of another day
+    assert Processes(here.folder).running("one") == pid
+    assert here.names() == ["one"]
+    assert here.stop("one")
+    assert here.running("one") is None
+    assert here.names() == []
+    assert not here.stop("one")
+
+
+@pytest.mark.fast
+def test_a_stranger_that_has_the_pid_now_is_left_alone(here: Processes) -> None:
+    with subprocess.Popen(SLEEPS) as stranger:
+        try:
+            (here.folder / "one.pid").write_text(json.dumps({"pid": stranger.pid, "born": "another time", "command": SLEEPS}))
+            assert here.running("one") is None
+            assert not here.stop("one")
+            assert stranger.poll() is None
+        finally:
+            stranger.kill()
+
+
+@pytest.mark.fast
+def test_one_that_does_not_hear_is_killed_with_what_it_started(here: Processes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "PATIENCE", 0.5)
+    deaf = f"import signal, subprocess, time; signal.signal({int(signal.SIGTERM)}, signal.SIG_IGN); "
+    deaf += f"child = subprocess.Popen({SLEEPS!r}); print(child.pid, flush=True); time.sleep(600)"
+    here.start("deaf", [sys.executable, "-c", deaf], os.environ)
+    while not (said := here.log("deaf").read_text()):
+        os.sched_yield()
+    assert here.stop("deaf")
+    assert processes._born(int(said)) is None
+
+
+@pytest.mark.fast
+def test_one_that_ended_by_itself_runs_no_more_and_its_log_says_why(here: Processes) -> None:
+    here.start("short", [sys.executable, "-c", "print('no such port')"], os.environ)
+    while here.running("short") is not None:
+        os.sched_yield()
+    assert here.last_words("short").endswith("no such port")
