@@ -22,6 +22,7 @@ from fedpeft.processes import Processes
 LONGEST = 100  # letters of a unix socket's path; the system takes 107
 POLL = 0.1  # seconds between two looks for a message to start a ClientApp for; Flower's own is 1
 READY = 120.0  # seconds until the worker listens
+REFUSED = ("flwr-agentapp", "flwr-connector", "flwr-model", "flwr-serverapp", "flwr-simulation")  # of Flower's task types
 OWN = ("data", "model", "engine", "run")  # families whose fields a site may set for itself
 
 
@@ -109,13 +110,19 @@ def down(site: SiteFile) -> list[str]:
 
 
 def own_code(state: Path) -> Path:
-    """A folder with a `flwr-clientapp` that runs the ClientApp installed here, whatever code comes with a run; see clients/process.py."""
+    """A folder with a `flwr-clientapp` that runs the ClientApp installed here, whatever code comes with a run; see clients/process.py.
+
+    The other programs that a SuperNode starts for whoever controls the server are refused: each would run code that came with a run.
+    """
     script = "import sys; sys.path.insert(0, sys.argv.pop(1)); from clients.process import main; main()"
     command = state / "bin" / "flwr-clientapp"
     command.parent.mkdir(mode=0o700, exist_ok=True)
     words = " ".join(map(shlex.quote, (sys.executable, "-c", script, str(app_folder()))))
     command.write_text(f'#!/bin/sh\nexec {words} "$@"\n')
     command.chmod(0o700)
+    for name in REFUSED:
+        command.with_name(name).write_text(f'#!/bin/sh\necho "{name}: this site runs nothing but its own ClientApp" >&2\nexit 1\n')
+        command.with_name(name).chmod(0o700)
     return command.parent
 
 

@@ -2,11 +2,12 @@
 
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from clients.launch import SiteFile, read, supernode
+from clients.launch import REFUSED, SiteFile, own_code, read, supernode
 from clients.policy import Policy
 from fedpeft.config import ConfigError, load
 from fedpeft.deployment import Tls
@@ -93,3 +94,14 @@ def test_the_supernode_is_flowers_with_the_clients_index_key_and_worker() -> Non
     assert """--node-config 'partition-id=3 worker="/s/worker.sock"'""" in command
     assert "--host 127.0.0.1" in command
     assert "--insecure" not in command
+
+
+def test_a_supernode_finds_no_program_that_would_run_the_servers_code(tmp_path: Path) -> None:
+    from flwr.supercore.constant import TASK_TYPE_TO_COMMAND
+
+    folder = own_code(tmp_path)
+    assert {path.name for path in folder.iterdir()} == set(TASK_TYPE_TO_COMMAND.values())
+    for name in REFUSED:
+        done = subprocess.run([folder / name, "--token", "x"], capture_output=True, text=True, check=False)
+        assert done.returncode == 1
+        assert "nothing but its own ClientApp" in done.stderr
