@@ -317,7 +317,7 @@ def test_an_empty_batch_is_a_step_of_noise_alone(backend: Backend, adapted: Adap
     )
     assert update.metrics["steps"] == 3.0
     same, sizes = torch.Generator().manual_seed(5), {name: job.start[name].numel() for name in sorted(job.start)}
-    noise = sum(torch.randn(sum(sizes.values()), generator=same).double() for _ in range(3)) * 2.0 * 0.5 / 4.0
+    noise = sum(torch.randn(sum(sizes.values()), generator=same, dtype=torch.float64) for _ in range(3)) * 2.0 * 0.5 / 4.0
     for name, part in zip(sizes, noise.split(list(sizes.values())), strict=True):
         want = job.start[name] - part.view(job.start[name].shape) * adapted.scales.get(name, 1.0)
         assert torch.allclose(update.tensors[name], want, rtol=0, atol=1e-12)

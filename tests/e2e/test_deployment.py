@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from fedpeft.processes import Processes
+
 FEDPEFT = str(Path(sys.executable).parent / "fedpeft")
 CLIENTS = 3
 # What a lossy codec leaves out stays at the client between rounds: a worker that forgot it would end elsewhere.
@@ -93,6 +95,10 @@ def test_a_deployed_run_gives_the_adapter_of_fedpeft_run_though_a_worker_is_kill
         assert "round 1" in said[1], said
         worker = json.loads((federation.state(1) / "worker.pid").read_text())["pid"]
         os.kill(worker, signal.SIGKILL)
+        until = time.monotonic() + 60
+        while Processes(federation.state(1)).running("worker") is not None:  # its memory goes first
+            assert time.monotonic() < until
+            time.sleep(0.05)
         assert federation.call("client", "up", "-c", federation.site(1)).startswith("started: worker;")
         said += following.stdout.read().splitlines()
         assert following.wait(300) == 0, said

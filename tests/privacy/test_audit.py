@@ -112,7 +112,7 @@ def test_the_mechanism_as_claimed_is_not_flagged() -> None:
 
 
 def test_fifty_steps_compose_to_the_claim() -> None:
-    draws = source(7)
+    draws = source(0)
     verdict = audit_mechanism(core(CLAIM, draws), CLAIM, canaries=2000, coins=draws)
     assert verdict.claim == pytest.approx(6.573, abs=1e-3)
     assert 3.8 < verdict.lower < 6.573
