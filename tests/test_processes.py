@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,7 +60,10 @@ def test_one_that_does_not_hear_is_killed_with_what_it_started(here: Processes, 
     while not (said := here.log("deaf").read_text()):
         os.sched_yield()
     assert here.stop("deaf")
-    assert processes._born(int(said)) is None
+    until = time.monotonic() + 30  # a signal is sent, not heard, when `kill` returns
+    while processes._born(int(said)) is not None:
+        assert time.monotonic() < until
+        time.sleep(0.01)
 
 
 @pytest.mark.fast
