@@ -88,22 +88,25 @@ def test_a_killed_run_resumes_to_the_same_bits(moment: str, uninterrupted: tuple
 
 
 @pytest.mark.slow
-def test_a_lane_that_is_killed_ends_the_run_with_one_sentence_and_the_run_goes_on(
-    uninterrupted: tuple[str, Path], cache: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("before", "words"),
+    [
+        (
+            LANE_DIES.replace("os.getppid() if multiprocessing.parent_process() else os.getpid()", "os.getpid()"),
+            "a lane ended with exit code -9",
+        ),
+        (
+            "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))",
+            "Free disk space",
+        ),  # bytes: a checkpoint has 90,000
+    ],
+    ids=["a lane is killed", "the disk is full"],
+)
+def test_a_run_that_ends_says_why_in_one_sentence_and_goes_on(
+    before: str, words: str, uninterrupted: tuple[str, Path], cache: Path, tmp_path: Path
 ) -> None:
     strategy, whole = uninterrupted
-    kill = LANE_DIES.replace("os.getppid() if multiprocessing.parent_process() else os.getpid()", "os.getpid()")
-    assert_said(begin(cache, tmp_path / "run", strategy, before=kill), "a lane ended with exit code -9")
-    assert_goes_on(cache, tmp_path / "run", whole)
-
-
-@pytest.mark.slow
-def test_a_disk_that_is_full_is_said_and_the_run_goes_on_when_there_is_room(
-    uninterrupted: tuple[str, Path], cache: Path, tmp_path: Path
-) -> None:
-    strategy, whole = uninterrupted
-    no_room = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))"  # bytes: a checkpoint has 90,000
-    assert_said(begin(cache, tmp_path / "run", strategy, before=no_room), "Free disk space")
+    assert_said(begin(cache, tmp_path / "run", strategy, before=before), words)
     assert_goes_on(cache, tmp_path / "run", whole)
 
 

@@ -1,6 +1,5 @@
 """`fedpeft audit` says what it found, ends with 1 if the mechanism is not what it claims, and shows that few numbers hide nothing."""
 
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -9,30 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from experiments import cli
 from experiments.audit import EXPECTED, KINDS, SITUATIONS, attack, check_server, check_trainer, check_trainers
 from fedpeft.privacy.mechanism import add_noise, clip_each
 from fedpeft.privacy.noise import SeededInsecure, Source
 from fedpeft.tensors import Tensors
 
 QUICK = ("audit", "--canaries", "1000", "--steps", "1", "--noise-multiplier", "0.7071")
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Exit code, output and errors of `fedpeft ARGUMENTS` in this process."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["fedpeft", *arguments])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return run
 
 
 def half(sums: Tensors, std: float, source: Source) -> None:
@@ -44,8 +25,8 @@ def no_clip(each: Tensors, clip: float) -> Tensor:
 
 
 @pytest.mark.fast
-def test_the_mechanism_as_it_is_passes(call: Callable[..., tuple[int, str, str]]) -> None:
-    code, out, _ = call(*QUICK)
+def test_the_mechanism_as_it_is_passes(told: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, _ = told(*QUICK)
     assert code == 0
     assert "6.573" in out
     assert out.count("no violation") == 3  # two sizes of canaries, and the end
@@ -57,10 +38,10 @@ def test_the_mechanism_as_it_is_passes(call: Callable[..., tuple[int, str, str]]
 
 @pytest.mark.fast
 def test_half_the_noise_is_refuted_and_the_command_ends_with_1(
-    call: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+    told: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fedpeft.privacy.audit.add_noise", half)
-    code, out, _ = call(*QUICK)
+    code, out, _ = told(*QUICK)
     assert code == 1
     assert out.count("REFUTED") == 2
     assert "FAILS an empty batch has all the noise: 0.35" in out
@@ -69,10 +50,10 @@ def test_half_the_noise_is_refuted_and_the_command_ends_with_1(
 
 @pytest.mark.fast
 def test_a_missing_clip_is_refuted_by_the_large_canaries(
-    call: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+    told: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fedpeft.privacy.audit.clip_each", no_clip)
-    code, out, _ = call(*QUICK)
+    code, out, _ = told(*QUICK)
     assert code == 1
     assert out.count("REFUTED") == 1
     assert "FAILS one contribution moves the sum" in out
@@ -126,8 +107,8 @@ def test_a_trainer_that_divides_by_the_drawn_batch_is_found() -> None:
         (("--delta", "2"), "delta in (0, 1)"),
     ],
 )
-def test_what_cannot_be_audited_is_said(call: Callable[..., tuple[int, str, str]], options: tuple[str, str], said: str) -> None:
-    code, _, err = call("audit", *options)
+def test_what_cannot_be_audited_is_said(told: Callable[..., tuple[int, str, str]], options: tuple[str, str], said: str) -> None:
+    code, _, err = told("audit", *options)
     assert code == 2
     assert said in err
 
@@ -150,8 +131,8 @@ def test_what_is_sent_names_tokens_whatever_its_size_and_noise_alone_hides_them(
     assert found["A and B", "1 step, many tokens"].told > 0.8  # but not in that of A
 
 
-def test_the_leaks_table_has_eighty_columns(call: Callable[..., tuple[int, str, str]]) -> None:
-    code, out, _ = call("audit", "--leak")
+def test_the_leaks_table_has_eighty_columns(told: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, _ = told("audit", "--leak")
     assert code == 0
     assert max(len(line) for line in out.splitlines() if line.startswith(" ")) <= 80
     assert "R only   1 step               14      14    1.00       1.00" in out

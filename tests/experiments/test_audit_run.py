@@ -3,6 +3,7 @@
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,20 +20,9 @@ CLIENT = ("privacy=client", "privacy.noise=seeded-insecure", *TINY)
 
 
 @pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    """Exit code, output and errors of `fedpeft audit --run ARGUMENTS` in this process."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["fedpeft", "audit", "--run", *arguments])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return run
+def call(told: Call) -> Call:
+    """Exit code, output and errors of `fedpeft audit --run ARGUMENTS`."""
+    return partial(told, "audit", "--run")
 
 
 def numbers(out: str, row: str) -> list[float]:

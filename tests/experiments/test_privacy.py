@@ -1,27 +1,16 @@
 """`fedpeft privacy plan`: the numbers of the table, whichever is left out, and what it says of bad input."""
 
 import json
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from experiments import cli
 from experiments.privacy import Asked, plan
 from fedpeft.config import ConfigError, Training
 from fedpeft.privacy.accountant import Event, epsilon
 
 SMALL = {"examples": 100, "batch": 10, "steps": 1, "delta": 1e-4}  # q = 0.1
-
-
-def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    """The exit code of `fedpeft ARGUMENTS` in this process."""
-    monkeypatch.setattr(sys, "argv", ["fedpeft", *arguments])
-    try:
-        cli.main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
 
 
 # What is solved for
@@ -96,10 +85,10 @@ def test_what_is_not_given_is_as_in_a_run() -> None:
 
 
 def test_the_plan_names_relation_sampling_and_what_is_not_covered(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    call: Callable[..., int], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     words = ["--noise", "4", "--rounds", "40", "--steps", "5", "--batch", "25", "--examples", "100", "--delta", "1e-4"]
-    assert call(monkeypatch, "privacy", "plan", *words, "--picture", str(tmp_path / "epsilon.svg")) == 0
+    assert call("privacy", "plan", *words, "--picture", str(tmp_path / "epsilon.svg")) == 0
     said = " ".join(capsys.readouterr().out.split())
     for part in (
         "add or remove one example of one client", "Poisson: a secret coin", "(batch 25 of 100)", "steps in all 200", "0.16 of the clip",
@@ -110,7 +99,7 @@ def test_the_plan_names_relation_sampling_and_what_is_not_covered(
 
 
 @pytest.mark.fast
-def test_json_is_the_plan_and_its_curve(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_json_is_the_plan_and_its_curve(call: Callable[..., int], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     words = [
         "--unit",
         "client",
@@ -124,7 +113,7 @@ def test_json_is_the_plan_and_its_curve(monkeypatch: pytest.MonkeyPatch, capsys:
         "--picture",
         str(tmp_path / "epsilon.png"),
     ]
-    assert call(monkeypatch, "privacy", "plan", *words) == 0
+    assert call("privacy", "plan", *words) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["epsilon"] == pytest.approx(6.573, abs=1e-3)
     assert found["epsilon_rdp"] == pytest.approx(7.0774, abs=1e-3)
@@ -169,10 +158,10 @@ def test_bad_input_is_said(asked: Asked, said: str) -> None:
 
 
 @pytest.mark.fast
-def test_all_faults_come_at_once_with_exit_code_2(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_faults_come_at_once_with_exit_code_2(call: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--noise", "-1", "--rounds", "0", "--batch", "10", "--examples", "100", "--delta", "0.5"]
-    assert call(monkeypatch, "privacy", "plan", *words) == 2
+    assert call("privacy", "plan", *words) == 2
     lines = capsys.readouterr().err.splitlines()
     assert [line.split()[1] for line in lines] == ["--rounds", "--noise", "--delta"]
-    assert call(monkeypatch, "privacy", "plan", "--noise", "1", "--picture", "epsilon.txt") == 2
+    assert call("privacy", "plan", "--noise", "1", "--picture", "epsilon.txt") == 2
     assert "--picture epsilon.txt: needed is a file that ends in .svg, .png, .pdf" in capsys.readouterr().err

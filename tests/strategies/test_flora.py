@@ -83,20 +83,6 @@ def test_clients_of_any_rank_and_any_weight_are_stacked_exactly(federation, dist
     assert distance(stacked(run), {layer: before[layer] + ideal[layer] for layer in LAYERS}) <= 1e-14
 
 
-def test_the_head_is_the_weighted_mean_and_goes_on(federation):
-    run = federation(flora(RUN))
-    updates, trained = run.play((0, 1))
-    run.take(updates)
-    want = (trained[0]["head.classifier.weight"] + 2 * trained[1]["head.classifier.weight"]) / 3
-    assert torch.allclose(run.state.tensors["head.classifier.weight"], want, rtol=0, atol=1e-15)
-
-
-@pytest.mark.parametrize("kind", ["gpt2", "llama"])
-def test_a_language_model_has_no_head_and_needs_none(kind, federation):
-    run = federation(flora(RUN), kind=kind).advance(2)
-    assert {name[-2:] for name in run.state.tensors} == {".A", ".B"}
-
-
 def test_an_adapter_that_is_no_plain_product_is_refused():
     pair = {"q.A": torch.zeros(2, 3), "q.B": torch.zeros(4, 2)}
     for more, message in (({"q.magnitude": torch.ones(4)}, "DoRA"), ({"q.R": torch.zeros(2, 2)}, "core")):

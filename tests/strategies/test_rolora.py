@@ -29,16 +29,6 @@ def test_the_factor_follows_the_round_and_not_how_often_a_client_took_part(feder
     assert {name[-2:] for name in late.tensors if not name.startswith("head.")} == {".A"}
 
 
-@pytest.mark.parametrize("clients", [(0, 1), (0, 1, 2, 3, 4)])
-def test_its_aggregation_has_no_error_in_any_round(clients, federation, distance, mean_of_products, products):
-    run = federation(rolora())
-    for round in range(5):
-        updates, trained = run.play(clients)
-        ideal = mean_of_products(updates, trained)
-        run.take(updates)
-        assert distance(products(run.strategy.broadcast(run.state, round + 1, None)), ideal) <= 1e-14
-
-
 def test_the_factor_that_rests_keeps_its_bits(federation):
     run = federation(rolora())
     for round in range(4):
