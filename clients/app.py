@@ -1,10 +1,11 @@
-"""ClientApp: hands each message to the site's resident worker, or where there is none answers it in this process.
+"""ClientApp: hands each message to the site's resident worker, or in Flower's simulation answers it in this process.
 
-A deployed client has a worker (`worker="SOCKET"` in its node config); Flower's simulation engine has none. Flower starts a deployed
-ClientApp anew for each message, so nothing heavy is imported here.
+A deployed client has a worker (`worker="SOCKET"` in its node config), which obeys its site's file; a SuperNode without one is refused, for
+it would do whatever the server says. Flower starts a deployed ClientApp anew for each message, so nothing heavy is imported here.
 """
 
 import shlex
+import sys
 import tempfile
 from functools import lru_cache
 from pathlib import Path
@@ -45,6 +46,10 @@ def _answer(message: Message, context: Context) -> Message:
 def _answered_here(message: Message, context: Context, overrides: str) -> RecordDict:
     from fedpeft.config import ConfigError
 
+    if "ray" not in sys.modules:  # whose actors are the clients of Flower's simulation
+        raise ConfigError(
+            "this node has no worker: start it by `fedpeft client up`, whose site.yaml says which data it has and what it takes part in"
+        )
     try:
         client = int(context.node_config["partition-id"])
     except KeyError:

@@ -12,6 +12,7 @@ from fedpeft import seeds
 from fedpeft.cohort import fixed
 from fedpeft.privacy.noise import Secret, SeededInsecure, Source
 from fedpeft.privacy.spending import Spending
+from fedpeft.privacy.statement import Spent
 from fedpeft.privacy.unit import Example, Terms, example_terms
 from fedpeft.setting import Setting
 from fedpeft.strategy import Phase, Strategy
@@ -29,6 +30,11 @@ class Budget:
     def spending(self, client: int) -> Spending:
         """What the client has released."""
         return Spending(self.folder / f"{client:06d}" / "privacy.jsonl")
+
+    def spent(self) -> Spent:
+        """What was spent so far, by all clients' own files: of replies that were lost, too."""
+        each = [Spending(place).reached for place in sorted(self.folder.glob("*/privacy.jsonl"))]
+        return Spent(max((epsilon for epsilon, _ in each), default=0.0), max((delta for _, delta in each), default=0.0))
 
     def terms(self, client: int) -> Terms:
         """What its rounds release, planned for as many as the run's cohorts give it."""

@@ -14,7 +14,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from clients.coupling import coupled
 from clients.evaluate import evaluate
+from clients.faults import Told
 from clients.measure import measured
 from clients.plan import Plan
 from clients.prefix import Shortcut, plain, shortcut
@@ -148,6 +150,8 @@ class Engine:
             return train(self.adapted, phase, self.examples, job, round=round)
         except OSError:
             raise
+        except Told as fault:
+            return fault
         except Exception as fault:  # whatever happens in a client is that client's fault alone
             return ValueError(str(fault) or repr(fault))
 
@@ -166,7 +170,9 @@ def _plan(known: Mapping[str, float]) -> Plan:
 
 @torch.no_grad()
 def check(stack: Stack, way: Shortcut, start: Tensors, *, loose: bool = False) -> None:
-    """Two clients' logits on two examples through `way` against the model itself, one by one. Raises `Unstackable` if they differ."""
+    """Two clients' logits on two examples through `way` against the model itself, one by one. Raises `Unstackable` if they differ, and
+    for a model that couples the examples of a batch.
+    """
     adapted, rows = stack.adapted, _extremes(way)
     starts = [_moved(start, seed) for seed in (1, 2)]
     want = []
@@ -178,6 +184,8 @@ def check(stack: Stack, way: Shortcut, start: Tensors, *, loose: bool = False) -
     bound = 1e-4 if precise else 5e-2
     for mine, whole, row in zip(got, want, rows, strict=True):
         _compare(stack, _own(mine, way.examples, int(row)), _own(whole, way.examples, int(row)), bound, "the stacked form")
+    if coupled(adapted, way.examples, int(rows[0])):
+        raise Unstackable(f"what {type(adapted.base.module).__name__} makes of an example changes with the others of its batch")
 
 
 def check_shortcut(stack: Stack, way: Shortcut, start: Tensors) -> None:

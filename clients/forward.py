@@ -25,7 +25,7 @@ def forward(path: str, kind: str, content: RecordDict, *, run: int, overrides: s
             break
         except (frames.Hung, ConnectionError, BrokenPipeError) as fault:
             if attempt + 1 == AGAIN:
-                raise ValueError(f"this client's worker ended {AGAIN} times over one message ({fault}); its worker.log says why") from None
+                raise ValueError(f"this client's worker ended {AGAIN} times over one message; its worker.log says why") from fault
     if "fault" in said:
         raise ValueError(str(said["fault"]))
     return recorded(said, data)
@@ -60,5 +60,5 @@ def _connected(path: str) -> socket.socket:
         except (FileNotFoundError, ConnectionRefusedError) as fault:
             link.close()
             if time.monotonic() > until:
-                raise ValueError(f"this client's worker does not answer at {path} ({fault}); start it: fedpeft client up") from None
+                raise ValueError("this client's worker does not answer; start it: fedpeft client up") from fault
             time.sleep(0.1)

@@ -46,6 +46,17 @@ def refused_base(policy: Policy, fingerprint: str) -> list[str]:
     return [f"the base model has fingerprint {fingerprint}: this site's policy allows {', '.join(policy.fingerprints) or 'none'}"]
 
 
+def unnamed(config: Config, *, whole: bool) -> list[str]:
+    """The fault that a site's classes would follow from its rows: how many there are is then no secret, and their numbers are its own."""
+    data = config.data
+    if not (whole or config.private) or data.get("class_names", "known") is not None or data.get("task") == "language":
+        return []
+    return [
+        "this site's site.yaml does not say data.class_names: needed are all labels there may be, in the order that the server has them, "
+        "whether a row has them or not"
+    ]
+
+
 def own(site: Mapping[str, str], asked: Sequence[str]) -> list[str]:
     """The overrides of a run as this site takes them: what the server says of `OWN` is left out, what `site` says of any key wins."""
     kept = [text for text in asked if not is_own(_key(text)) and _key(text) not in site]

@@ -10,7 +10,6 @@ with the loop before it is used.
 """
 
 import logging
-import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -22,10 +21,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
+from clients.coupling import coupled
 from clients.train import Job, Private, finished, optimizer
 from fedpeft.adapters.base import Adapted, precision
 from fedpeft.messages import Update
 from fedpeft.models.base import Examples, in_batches
+from fedpeft.models.masks import every_mask_made
 from fedpeft.models.score import losses
 from fedpeft.privacy.mechanism import add_noise, clip_each
 from fedpeft.strategy import Phase
@@ -101,15 +102,16 @@ def per_example(adapted: Adapted, examples: Examples, rows: Tensor, moving: Movi
     return grads, each.detach()
 
 
-def choose(adapted: Adapted, examples: Examples, rows: Tensor, phase: Phase, backend: Backend) -> Way:
+def choose(adapted: Adapted, examples: Examples, rows: Tensor, phase: Phase, backend: Backend) -> Way | None:
     """The way that will be used: the cheapest that agrees with the loop on two of the rows, the shortest and the longest.
 
-    Raises `ValueError` for a way asked for by name that fails or differs. Nothing of the two examples is released.
+    None if they show nothing, because one has a gradient that is no number: the loop is right for now. Raises `ValueError` for a way asked
+    for by name that fails or differs. Nothing of the two examples is released.
     """
-    if adapted.dropout is not None:
-        raise ValueError("adapter.dropout: private clients train without dropout, their gradients are noisy already; set adapter.dropout=0")
-    if backend == "loop" or not len(rows):  # without examples there is no gradient to take
+    if backend == "loop":
         return "loop"
+    if not len(rows):  # without examples there is no gradient to take
+        return None
     moving = adapted.select(phase.trains)
     pair = rows[examples.lengths()[rows].argsort(stable=True)][[0, -1]]
     causes: list[str] = []
@@ -119,6 +121,9 @@ def choose(adapted: Adapted, examples: Examples, rows: Tensor, phase: Phase, bac
         tried = ("vmap",)
     with _nowhere_zero(adapted):
         want, _ = _loop(adapted, examples, pair, moving)
+        if not all(bool(part.isfinite().all()) for part in want.values()):
+            log.info("gradients of single examples one by one: those to compare with are no numbers")
+            return None
         for way in tried:
             cause = _fault(adapted, examples, pair, moving, way, want)
             if not cause:
@@ -142,30 +147,27 @@ def _chosen(adapted: Adapted, examples: Examples, rows: Tensor, phase: Phase, ba
     known, key = _TESTED.setdefault(adapted, {}), (backend, frozenset(moving))
     if key not in known:
         way = choose(adapted, examples, rows, phase, backend)
-        if not len(rows):  # nothing was tested
-            return way
+        if way is None:  # nothing was tested: the next batch is asked again
+            return "loop"
         known[key] = way
     return known[key]
 
 
 def _fault(adapted: Adapted, examples: Examples, pair: Tensor, moving: Moving, way: Way, want: Tensors) -> str:
-    """Why this way is not to be used; it names no number that the examples made."""
+    """Why this way is not to be used, where `want` is the loop's; it names no number that the examples made."""
     try:
         got, _ = per_example(adapted, examples, pair, moving, way)
+        mixes = way == "hooks" and coupled(adapted, examples, int(pair[0]), moving)  # the other ways run the model on one example
     except Exception as fault:  # of Opacus, functorch or any layer: what cannot be done is found by doing it
         return f"{type(fault).__name__}: {' '.join(str(fault).split())[:200]}"
     bound = TOLERANCE.get(next(adapted.base.module.parameters()).dtype, HALF)
     for k in range(len(pair)):
         there = {name: part[k].double() for name, part in want.items()}
         whole = torch.stack([part.square().sum() for part in there.values()]).sum().sqrt()
-        if not whole.isfinite():
-            if all(bool(part[k].isfinite().all()) for part in got.values()):
-                return "it is finite where the loop is not"
-            continue
         for name, part in there.items():  # some gradients are truly zero, a BERT's of its keys' bias: there rounding is all there is
             if not (got[name][k].double() - part).norm() <= bound * (part.norm() + whole):
                 return f"its gradient of {name} is not the loop's"
-    return ""
+    return "the gradient of an example changes with the others of its batch" if mixes else ""
 
 
 @contextmanager
@@ -218,7 +220,7 @@ def _vmap(adapted: Adapted, examples: Examples, rows: Tensor, moving: Moving) ->
 
     inputs, targets = examples.batch(rows)
     here = {name: tensor.to(adapted.base.device) for name, tensor in inputs.items()}
-    with _every_mask_made(), warnings.catch_warnings():
+    with every_mask_made(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)  # attention on the CPU, row by row: it is measured
         mapped = vmap(grad_and_value(loss), in_dims=(None, 0, 0), randomness="same")  # LoKr draws for a dropout that is off
         grads, each = mapped({name: p.detach() for name, p in moving.items()}, here, targets.to(adapted.base.device))
@@ -236,21 +238,6 @@ class _Called(nn.Module):
 
     def forward(self, inputs: dict[str, Tensor], targets: Tensor) -> Tensor:
         return _losses(self._adapted, inputs, targets)
-
-
-@contextmanager
-def _every_mask_made() -> Iterator[None]:
-    """Without transformers' shortcuts for batches that have no padding: they ask a tensor for its values, which vmap cannot answer."""
-    masks: Any = sys.modules.get("transformers.masking_utils")  # there if the model is one of transformers'
-    names = [name for name in ("_ignore_causal_mask_sdpa", "_ignore_bidirectional_mask_sdpa") if hasattr(masks, name)]
-    own = {name: getattr(masks, name) for name in names}
-    try:
-        for name in names:
-            setattr(masks, name, lambda *_, **__: False)
-        yield
-    finally:
-        for name in names:
-            setattr(masks, name, own[name])
 
 
 def _hooks(adapted: Adapted, examples: Examples, rows: Tensor, moving: Moving) -> tuple[Tensors, Tensor]:

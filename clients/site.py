@@ -13,6 +13,7 @@ from torch import Tensor
 
 from clients.budget import Budget
 from clients.engine import Engine
+from clients.faults import Fault, Told, fault_of
 from clients.held import Held
 from clients.lanes import Lanes, usual
 from clients.memory import Memory, Reply
@@ -61,7 +62,7 @@ class Order:
 
 log = logging.getLogger("fedpeft")
 OWED = "owed/"  # names in a client's memory: what a codec left out
-Answer = Reply | str  # what one client says: a reply, or what went wrong with it alone
+Answer = Reply | Fault  # of one client: a reply, or what went wrong with it alone
 
 
 @dataclass(eq=False)
@@ -119,12 +120,12 @@ class Site:
         return int(self.known.get("lanes", 0)) or min(config.engine.lanes or usual(self.setting.base.device), config.cohort)
 
     def answer(self, client: int, kind: str, content: RecordDict) -> RecordDict:
-        """The content of the reply to one message."""
+        """The content of the reply to one message. Raises `Told` with what the server may hear of a fault; its cause stays here."""
         if kind == "query":
             return self.query(client)
         ((_, _, made),) = self.answers([(client, kind, content)], lambda orders: enumerate(map(self.work, orders)))
-        if isinstance(made, str):
-            raise ValueError(made)
+        if isinstance(made, Fault):
+            raise Told(made.said) from ValueError(made.reason)
         return made
 
     def query(self, client: int) -> RecordDict:
@@ -138,7 +139,7 @@ class Site:
 
     def answers(
         self, messages: Sequence[tuple[int, str, RecordDict]], each: Callable[[Sequence[Order]], Iterator[tuple[int, list[Answer]]]]
-    ) -> Iterator[tuple[int, str, RecordDict | str]]:
+    ) -> Iterator[tuple[int, str, RecordDict | Fault]]:
         """(client, kind, content of its reply, or its fault) for every (client, kind, content); `each` has the orders worked off."""
         good: dict[tuple[str, int], list[tuple[Ask, Broadcast]]] = {}
         opened: dict[str, Broadcast] = {}  # each broadcast once, however many clients it was sent to
@@ -147,8 +148,8 @@ class Site:
                 ask = _ask(client, kind, content, self.setting.config.rounds)
                 payload, said = from_records(content), content.config_records["facts"]
                 broadcast = unpack_broadcast(payload, {}, {}) if kind == "evaluate" else self.held.open(client, payload, said)
-            except Exception as fault:  # a message that cannot be read is that client's fault alone
-                yield client, kind, str(fault) or repr(fault)
+            except Exception as fault:  # a message that cannot be read is that client's fault alone; its words are of what was sent
+                yield client, kind, fault_of(fault, "its message cannot be read", told=isinstance(fault, ValueError | KeyError))
                 continue
             if broadcast is None:
                 yield client, kind, to_records(Payload("[]", b""), {"resend": True})
@@ -159,7 +160,7 @@ class Site:
             for position, replies in each(orders):
                 for ask, reply in zip(orders[position].asks, replies, strict=True):
                     facts = {"client": ask.client, "round": ask.round} | ({"holds": ask.client in self.held} if kind == "train" else {})
-                    yield ask.client, kind, reply if isinstance(reply, str) else to_records(reply.payload, facts, reply.facts)
+                    yield ask.client, kind, reply if isinstance(reply, Fault) else to_records(reply.payload, facts, reply.facts)
 
     def work(self, order: Order) -> list[Answer]:
         """Answers the messages of one wave. What goes wrong with one client is its answer; `OSError` ends the run."""
@@ -185,13 +186,13 @@ class Site:
             try:
                 spent[ask.client] = {} if self.budget is None else self.budget.reserve(ask.client, ask.round, phase)
             except BudgetSpent as fault:
-                yield ask, str(fault)
+                yield ask, fault_of(fault, "", told=True)
                 continue
             able.append(ask)
             jobs.append(self._job(ask, broadcasts[ask.digest], phase))
         for ask, job, done in zip(able, jobs, engine.train(phase, jobs, round=asks[0].round), strict=True):
             if isinstance(done, ValueError):
-                yield ask, self._said(done)
+                yield ask, self._fault(done, "training failed")
                 continue
             update, keeps = done
             owed = self._owed(ask, phase) if self.feedback and phase.carries else None
@@ -199,7 +200,7 @@ class Site:
             try:
                 payload, left = pack_update(update, job.broadcast, self.codec, seed=seed, owed=owed, shares=phase.shares)
             except ValueError as fault:
-                yield ask, str(fault)
+                yield ask, self._fault(fault, "its update cannot be sent")
                 continue
             reply = Reply(payload, {"weight": update.weight, **update.metrics, **spent[ask.client]})
             if self.memory.answered(ask.client, ask.round, ask.digest) is None:
@@ -207,17 +208,15 @@ class Site:
                 self.memory.store(ask.client, phase.adapter, ask.round, ask.digest, kept, reply)
             yield ask, reply
 
-    def _said(self, fault: ValueError) -> str:
-        """What a client says of a fault in its training; of hidden examples nothing, for one of them may have caused it."""
-        if self.budget is None:
-            return str(fault)
-        log.error("training failed: %s", fault)
-        return "training failed; the reason stands in the client's log"
+    def _fault(self, cause: Exception, what: str) -> Fault:
+        """Of hidden examples no word is told, for one of them may have caused it."""
+        return fault_of(cause, what, told=self.budget is None and isinstance(cause, Told))
 
     def _evaluated(self, asks: Sequence[Ask], broadcasts: Mapping[str, Broadcast]) -> list[Answer]:
         """How clients' own models (the broadcast under what each keeps) do on test sets that resemble their data."""
         if self.budget is not None:
-            return ["privacy=example: an accuracy on labels like its own would tell of its examples without noise"] * len(asks)
+            why = Told("privacy=example: an accuracy on labels like its own would tell of its examples without noise")
+            return [fault_of(why, "", told=True)] * len(asks)
         phase = self.strategy.phase(asks[0].round)
         engine = self.engine(phase.adapter)
         jobs, weights, answers = [], [], dict[int, Answer]()
@@ -225,14 +224,14 @@ class Site:
             try:
                 rows, weight = self.setting.judged(ask.client)
             except ValueError as fault:
-                answers[ask.client] = str(fault)
+                answers[ask.client] = self._fault(fault, "no test example resembles its data")
                 continue
             jobs.append(replace(self._job(ask, broadcasts[ask.digest], phase), rows=rows))
             weights.append(weight)
         for job, one in zip(jobs, engine.score(jobs, weights, self.setting.test), strict=True):
             stands_for = float(len(self.setting.split.clients[job.client]))
             answers[job.client] = (
-                str(one)
+                self._fault(one, "scoring failed")
                 if isinstance(one, ValueError)
                 else Reply(Payload("[]", b""), {"loss": one.loss, "accuracy": one.accuracy, "weight": stands_for})
             )
@@ -326,8 +325,11 @@ def serve(site: Site, clients: Mapping[int, int], lanes: Lanes | None = None) ->
         contents = [(client, kind, message.content) for (client, kind), message in asked.items()]
         for client, kind, made in site.answers(contents, each):
             message = asked[client, kind]
-            if isinstance(made, str):
-                yield Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, made), reply_to=message)
+            if isinstance(made, Fault):
+                if site.budget is not None:
+                    log.error("client %d: %s", client, made.reason)
+                reason = made.reason if site.budget is None else made.said  # clients and server are one process: no word leaves it
+                yield Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
             else:
                 yield Message(made, reply_to=message)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from clients.faults import Told
 from fedpeft.adapters.base import Adapted, precision
 from fedpeft.config import Training
 from fedpeft.messages import Broadcast, Update
@@ -201,10 +202,10 @@ def _gradient_step(adapted: Adapted, examples: Examples, rows: Tensor, moving: d
 
 
 def check_finite(seen: list[float], client: int, round: int) -> None:
-    """Raises `ValueError` that names the first local step whose loss is not a number."""
+    """Raises `Told`, which names the first local step whose loss is not a number."""
     for step, loss in enumerate(seen):
         if not math.isfinite(loss):
-            raise ValueError(
+            raise Told(
                 f"client {client}, round {round}: the loss became {loss} at local step {step}; "
                 "lower train.lr, set train.clip=1, or look at its data"
             )

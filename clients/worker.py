@@ -13,20 +13,22 @@ import os
 import shlex
 import socket
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clients import frames
+from clients.faults import WHERE, Told
 from clients.launch import SiteFile
-from clients.policy import own, refused, refused_base
+from clients.policy import own, refused, refused_base, unnamed
 from fedpeft.config import ConfigError, load
 from fedpeft.ledger import write_text
 
 if TYPE_CHECKING:
     from clients.site import Site
+    from fedpeft.config import Config
 
 KINDS = ("query", "train", "evaluate")
 SILENCE = 60.0  # seconds that a ClientApp may take to say its message, once it is connected
@@ -47,12 +49,14 @@ class Worker:
     def answer(self, head: Mapping[str, Any], payload: bytes) -> tuple[Head, bytes]:
         """Head and payload of the reply: what went wrong is a reply too, and the next message finds the worker as it was."""
         began = time.perf_counter()
+        reason: str | None = None
         try:
             made, data = self._answered(head, payload)
-        except (ValueError, KeyError, OSError, RuntimeError, MemoryError) as fault:  # torch raises RuntimeError
+        except Exception as fault:  # of data, model or any library: who knows what its words hold?
             log.exception("a %s message was not answered", head.get("kind"))
-            made, data = {"fault": str(fault) or repr(fault)}, b""
-        self._note(head, made, len(payload), len(data), time.perf_counter() - began)
+            made, data = {"fault": str(fault) if isinstance(fault, Told) else f"its message was not answered; {WHERE}"}, b""
+            reason = str(fault.__cause__ or fault) or repr(fault)
+        self._note(head, made, len(payload), len(data), time.perf_counter() - began, reason)
         return made, data
 
     def _answered(self, head: Mapping[str, Any], payload: bytes) -> tuple[Head, bytes]:
@@ -61,7 +65,7 @@ class Worker:
 
         kind, facts = head.get("kind"), head.get("facts")
         if kind not in KINDS or not isinstance(facts, dict) or not isinstance(head.get("overrides"), str):
-            raise ValueError(f"a message of kind {kind!r} that a worker does not know; is fedpeft the same version there?")
+            raise Told(f"a message of kind {kind!r} that a worker does not know; is fedpeft the same version there?")
         said = {name: value for name, value in facts.items() if name != "header"}
         content = to_records(Payload(str(facts.get("header", "[]")), payload), said)
         made = self._site(head["overrides"]).answer(self.site.client, kind, content)
@@ -81,50 +85,64 @@ class Worker:
     def _opened(self, overrides: str) -> "Site":
         from clients.memory import Memory
         from clients.site import site_of
-        from fedpeft.data.partition import Split
         from fedpeft.setting import open_setting
 
-        config = load(own(self.site.overrides, shlex.split(overrides)))
         client, folder = self.site.client, self.folder(overrides)
-        if faults := refused(self.site.policy, config, spent=self.spent(but=folder)):
-            raise ConfigError("\n".join(faults))
+        config = self._config(overrides)
+        if faults := refused(self.site.policy, config, spent=self.spent(but=folder / "memory" / f"{client:06d}")) + unnamed(
+            config, whole=self.site.whole
+        ):
+            raise Told("\n".join(faults))
         if client >= config.clients:
-            raise ConfigError(
-                f"this site is client {client}, the run has clients={config.clients}; raise clients, or change client in site.yaml"
-            )
-        setting = open_setting(config)
+            raise Told(f"this site is client {client}, the run has clients={config.clients}; raise clients, or change client in site.yaml")
+        with _untold("its data and model cannot be opened"):
+            setting = open_setting(config, whole=client if self.site.whole else None)
         if faults := refused_base(self.site.policy, setting.base.fingerprint):
-            raise ConfigError("\n".join(faults))
-        if self.site.whole:
-            import torch
-
-            rows = [torch.arange(len(setting.dataset.train.labels) if one == client else 0) for one in range(config.clients)]
-            setting.split = Split(tuple(rows), "all of this site's rows are its own", tuple(map(str, range(config.clients))))
+            raise Told("\n".join(faults))
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "overrides.txt", overrides + "\n")
         return site_of(setting, Memory(folder / "memory"))
+
+    def _config(self, overrides: str) -> "Config":
+        """What this site makes of a run's overrides. A fault in the server's own words is told in them."""
+        try:
+            asked = shlex.split(overrides)
+            load(own({}, asked))
+        except ValueError as fault:
+            raise Told(str(fault)) from fault
+        with _untold("what site.yaml says does not fit this run"):
+            return load(own(self.site.overrides, asked))
 
     def folder(self, overrides: str) -> Path:
         """Where the memory of a run lies."""
         return self.site.state / "runs" / hashlib.blake2b(overrides.encode(), digest_size=12).hexdigest()
 
     def spent(self, *, but: Path | None = None) -> float:
-        """The epsilon of this site's runs, added up, without that of the run in folder `but`."""
-        whole = 0.0
-        for path in (self.site.state / "runs").glob("*/memory/*/privacy.jsonl"):  # also of another index that it once had
-            lines = path.read_text().rpartition("\n")[0].splitlines()
-            whole += 0.0 if but in path.parents or not lines else float(json.loads(lines[-1])["epsilon"])
-        return whole
+        """The epsilon of this site's runs, added up, without that of the memory in folder `but`."""
+        from fedpeft.privacy.spending import Spending
 
-    def _note(self, head: Mapping[str, Any], made: Mapping[str, Any], down: int, up: int, seconds: float) -> None:
+        places = (self.site.state / "runs").glob("*/memory/*/privacy.jsonl")  # also of another index that it once had
+        return sum(Spending(path).reached[0] for path in places if path.parent != but)
+
+    def _note(self, head: Mapping[str, Any], made: Mapping[str, Any], down: int, up: int, seconds: float, fault: str | None) -> None:
         facts, metrics = head.get("facts") or {}, made.get("metrics") or {}
         self.done |= {
             "messages": self.done["messages"] + 1, "seconds": self.done["seconds"] + seconds,
             "bytes_up": self.done["bytes_up"] + up, "bytes_down": self.done["bytes_down"] + down,
-            "run": head.get("run"), "round": facts.get("round", self.done.get("round")), "fault": made.get("fault"),
+            "run": head.get("run"), "round": facts.get("round", self.done.get("round")), "fault": fault,
             "epsilon": metrics.get("epsilon", self.done.get("epsilon")),
         }  # fmt: skip
-        write_text(self.site.state / "worker.json", json.dumps(self.done) + "\n")
+        with suppress(OSError):  # of a full disk: the answer is not lost with it
+            write_text(self.site.state / "worker.json", json.dumps(self.done) + "\n")
+
+
+@contextmanager
+def _untold(what: str) -> Iterator[None]:
+    """Whatever goes wrong inside is told as `what`, and no more."""
+    try:
+        yield
+    except Exception as fault:  # of data, model or any library: who knows what its words hold?
+        raise Told(f"{what}; {WHERE}") from fault
 
 
 def serve(worker: Worker, path: Path) -> None:
@@ -144,6 +162,8 @@ def serve(worker: Worker, path: Path) -> None:
             os.umask(before)
         door.listen(4)
         log.info("client %d answers at %s", worker.site.client, path)
+        if worker.site.policy.epsilon is None:
+            log.warning("policy has no epsilon: this site takes part in runs without differential privacy, if the server asks for one")
         while True:
             link, _ = door.accept()
             with link:

@@ -7,7 +7,7 @@ from fedpeft.config import ConfigError
 from fedpeft.ledger import write_text
 from fedpeft.setting import open_setting, strategy_of
 from server.app import known_classes
-from server.card import card
+from server.card import card, spent_of
 from server.export import export_as
 from server.folder import reopen
 
@@ -31,7 +31,7 @@ def export_run(run_dir: Path, to: Path, *, rank: int | None, merge: bool) -> str
     if not merge:
         facts = found.facts
         accuracy = {"zero_shot": facts["zero_shot"], "final": facts["accuracy"]}
-        text = card(config, setting, to, **accuracy, measure=facts["measure"], epsilon=facts["epsilon"])
+        text = card(config, setting, to, **accuracy, measure=facts["measure"], spent=spent_of(facts))
         write_text(to / "README.md", text)
     what = "the base with the adapter merged in" if merge else "a PEFT adapter"
     cut = "" if rank is None else f", cut to rank {rank}: relative error {error:.3g}"

@@ -4,9 +4,10 @@ A client says it of itself: this finds another model or version by mistake, not 
 """
 
 import hashlib
+import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib import metadata
 
@@ -28,6 +29,7 @@ ADVICE = {
     "dtype": "set the same model.dtype at both",
     "reads": "give both the same model.id, model.revision and model.max_length, and the same transformers",
     "layout": "set the same strategy=, adapter= and adapter.rank at both, and install the same peft",
+    "classes": "give both the same data.class_names, in one order",
 }
 
 
@@ -44,6 +46,7 @@ class Passport:
     modules: str  # the same in words
     rank: int = 0  # largest that is sent, or that is taken; 0: any
     examples: int = 0  # of the client, cut to a power of ten; 0: not said
+    classes: str = ""  # how many the head tells apart, and a digest of their names in order
 
     def facts(self) -> dict[str, str | int]:
         """Plain values for a message."""
@@ -62,8 +65,8 @@ class Passport:
         return found
 
 
-def passport(base: Base, starts: Mapping[str, Tensors], like: Inputs) -> Passport:
-    """That of a process with this base and these adapters' tensors; `like` is an input of the kind that the run's data have."""
+def passport(base: Base, starts: Mapping[str, Tensors], like: Inputs, classes: Sequence[str] = ()) -> Passport:
+    """That of a process with this base, these adapters' tensors and these classes; `like` is an input of the kind that the data have."""
     exact = hashlib.blake2b(digest_size=12)
     for adapter, tensors in sorted(starts.items()):
         for name, tensor in sorted(tensors.items()):
@@ -71,6 +74,7 @@ def passport(base: Base, starts: Mapping[str, Tensors], like: Inputs) -> Passpor
     return Passport(
         version(), WIRE, base.fingerprint, _dtype(base), _reads(base, like), exact.hexdigest(), _modules(starts),
         max((rank_of(tensors) for tensors in starts.values()), default=0),
+        classes=f"{len(classes)} named {hashlib.blake2b(json.dumps(list(classes)).encode(), digest_size=6).hexdigest()}",
     )  # fmt: skip
 
 

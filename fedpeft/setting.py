@@ -15,7 +15,7 @@ from fedpeft.adapters.base import Adapted, Adapter
 from fedpeft.aggregate import weighted_mean
 from fedpeft.codecs.base import Codec
 from fedpeft.config import Config, ConfigError, app_folder, build, load, presets_of
-from fedpeft.data.partition import Split, partition
+from fedpeft.data.partition import Split, owned_by, partition
 from fedpeft.data.table import Dataset, Source
 from fedpeft.devices import Device, devices
 from fedpeft.lowrank import rank_of
@@ -65,7 +65,7 @@ class Setting:
 
     @cached_property
     def _alike(self) -> Passport:
-        return passport(self.base, self.starts(), self.dataset.train.inputs)
+        return passport(self.base, self.starts(), self.dataset.train.inputs, self.dataset.classes)
 
     def passport(self, client: int) -> Passport:
         """What a client's process and the server must have alike, and the rank that `client` is sent."""
@@ -155,8 +155,11 @@ class Setting:
         return whole / whole.sum()
 
 
-def open_setting(config: Config, *, base: Base | None = None) -> Setting:
-    """Reads the data, loads the model and attaches the adapter. Raises `ConfigError` for what the config asks and the data cannot give."""
+def open_setting(config: Config, *, base: Base | None = None, whole: int | None = None) -> Setting:
+    """Reads the data, loads the model and attaches the adapter; all training rows are the client's `whole`, if one is named.
+
+    Raises `ConfigError` for what the config asks and the data cannot give.
+    """
     try:
         torch.set_num_threads(config.run.threads)
         source, model, adapter, strategy = _built(config)
@@ -167,6 +170,8 @@ def open_setting(config: Config, *, base: Base | None = None) -> Setting:
         names = tuple(dict.fromkeys(strategy.phase(round).adapter for round in range(config.rounds + 1)))
         adapters = {"main": adapter} | {name: strategy.adapters[name](adapter) for name in names if name != "main"}
         made = Setting(config, dataset, base, adapters, names)
+        if whole is not None:
+            made.split = owned_by(whole, len(dataset.train), config.clients)
         sizes = [len(rows) for rows in made.split.clients]
         unit = privacy_of(config)
         if unit is not None and (found := linter.faults(linter.Facts(config, unit, strategy, sizes, base.module))):

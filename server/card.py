@@ -1,10 +1,11 @@
 """The model card beside an exported adapter: what it is, how it was made, how to load it."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from fedpeft.config import Config
-from fedpeft.privacy.statement import statement
-from fedpeft.privacy.unit import Client, example_delta
+from fedpeft.privacy.statement import Spent, statement
 from fedpeft.setting import Setting, privacy_of
 
 PEFT = """```python
@@ -26,7 +27,7 @@ load_adapter(Path("path/of/this/folder"), adapted)
 CLASSES = {"text": "AutoModelForSequenceClassification", "image": "AutoModelForImageClassification", "language": "AutoModelForCausalLM"}
 
 
-def card(config: Config, setting: Setting, folder: Path, *, zero_shot: float, final: float, measure: str, epsilon: float | None) -> str:
+def card(config: Config, setting: Setting, folder: Path, *, zero_shot: float, final: float, measure: str, spent: Spent | None) -> str:
     """The README.md of the adapter in `folder`."""
     base, task, classes = setting.base.source, setting.base.task, len(setting.dataset.classes)
     stock = (folder / "adapter_config.json").exists()
@@ -42,8 +43,8 @@ def card(config: Config, setting: Setting, folder: Path, *, zero_shot: float, fi
         if measure == "personal"
         else ""
     )
-    privacy = "" if epsilon is None else "\n" + "\n".join(f"- {line}" for line in stated(config, setting, epsilon)) + "\n"
-    applied = "no differential privacy was applied" if epsilon is None else "with differential privacy, as stated below"
+    privacy = "" if spent is None else "\n" + "\n".join(f"- {line}" for line in stated(config, setting, spent)) + "\n"
+    applied = "no differential privacy was applied" if spent is None else "with differential privacy, as stated below"
     choices = ", ".join(f"{family} {name}" for family, name in config.choices.items())
     return f"""---
 library_name: {"peft" if stock else "fedpeft"}
@@ -62,10 +63,13 @@ Made by fedpeft with: {choices}.
 """
 
 
-def stated(config: Config, setting: Setting, epsilon: float) -> list[str]:
+def stated(config: Config, setting: Setting, spent: Spent) -> list[str]:
     """What the run's epsilon means."""
     unit, sizes = privacy_of(config), [len(rows) for rows in setting.split.clients]
     assert unit is not None, "an epsilon without a unit"
-    batch = config.train.batch
-    deltas = [unit.delta_for(len(sizes))] if isinstance(unit, Client) else [example_delta(unit, size, batch) for size in sizes]
-    return statement(unit, epsilon=epsilon, delta=max(deltas), sizes=sizes, cohort=config.cohort, batch=batch)
+    return statement(unit, spent=spent, sizes=sizes, cohort=config.cohort, batch=config.train.batch)
+
+
+def spent_of(totals: Mapping[str, Any]) -> Spent | None:
+    """What a run's totals say of its budget; None: no differential privacy."""
+    return None if totals["epsilon"] is None else Spent(totals["epsilon"], totals["delta"], totals["heard"])

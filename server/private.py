@@ -15,10 +15,12 @@ import torch
 from fedpeft import seeds
 from fedpeft.aggregate import Mean
 from fedpeft.cohort import Draw, fixed, poisson
+from fedpeft.config import ConfigError
 from fedpeft.messages import Broadcast, Update
 from fedpeft.privacy.mechanism import add_noise, clip_each
 from fedpeft.privacy.noise import Secret, SeededInsecure, Source
 from fedpeft.privacy.spending import Spending
+from fedpeft.privacy.statement import Spent
 from fedpeft.privacy.unit import Client, Terms, client_terms, sum_noise
 from fedpeft.tensors import Names, Tensors, is_own, only
 from server.canaries import Canaries
@@ -93,9 +95,17 @@ class Hidden:
         return float(adapted[-1]) if adapted else self.unit.clip
 
     @property
-    def epsilon(self) -> float:
+    def spent(self) -> Spent:
         """What is spent so far."""
-        return self.spending.spent(self.terms.delta)
+        return Spent(self.spending.spent(self.terms.delta), self.terms.delta)
+
+    def check_resumed(self, first: int) -> None:
+        """Raises `ConfigError` if a run that goes on with round `first` has released more than its ledger says."""
+        if missing := set(range(first)) - {line["round"] for line in self.spending.lines()}:
+            raise ConfigError(
+                f"{self.spending.path} has nothing of round {min(missing) + 1} and {len(missing) - 1} more, which the checkpoint has: what "
+                "was spent is not known, and nothing more is released; put the run's own file back, or begin another run"
+            )
 
     def _adapted(self, clip: float, below: float, source: Source) -> float:
         """A step towards the clip that the wanted share of norms lies below (Andrew et al., algorithm 1); the count is noised."""

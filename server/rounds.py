@@ -10,6 +10,7 @@ from fedpeft.cohort import Cohort, Draw
 from fedpeft.exactness import Gap, Meter
 from fedpeft.messages import Broadcast, Update, checked
 from fedpeft.privacy.spending import SPENT, BudgetSpent
+from fedpeft.privacy.statement import Spent
 from fedpeft.select import Selection, everyone
 from fedpeft.strategy import Strategy
 from server.exchange import Exchange, Fault, Traffic
@@ -41,7 +42,7 @@ class Round(Generic[S]):
     seconds: float
     gap: Gap  # between what was aggregated and the true mean
     measuring: float  # seconds that the gap took
-    epsilon: float | None = None  # spent so far: the largest of all clients that said it, or of those whom the server hides
+    spent: Spent | None = None  # so far: the most that clients said, or that those did whom the server hides
 
 
 def run(
@@ -69,7 +70,7 @@ def run(
                 else:
                     state = strategy.aggregate(state, round, updates, taken.hidden_by(hidden))
             except _TooFew:
-                if traffic.faults and all(fault.reason.startswith(SPENT) for fault in traffic.faults):
+                if traffic.faults and all(SPENT in fault.reason for fault in traffic.faults):
                     raise Exhausted(f"round {round}: {traffic.faults[0].reason}") from None
                 continue
             except BudgetSpent as fault:
@@ -77,9 +78,9 @@ def run(
             except ValueError as fault:
                 raise RoundFailed(f"round {round}: {fault}") from fault
             gap = meter.read(strategy.broadcast(state, round + 1, None)) if hidden is None else NO_GAP
-            loss, epsilon = (taken.loss, taken.epsilon) if hidden is None else (float("nan"), hidden.epsilon)
+            loss, spent = (taken.loss, taken.spent) if hidden is None else (float("nan"), hidden.spent)
             yield Round(
-                round, state, cohort, traffic, loss, taken.count, time.perf_counter() - began, gap, meter.seconds, epsilon
+                round, state, cohort, traffic, loss, taken.count, time.perf_counter() - began, gap, meter.seconds, spent
             )  # fmt: skip
             break
         else:
@@ -97,7 +98,7 @@ class _Taken:
         self, strategy: Strategy[S], state: S, round: int, cohort: Cohort, exchange: Exchange, traffic: Traffic, needed: int, alike: bool
     ) -> None:  # fmt: skip
         self._alike = alike  # every client counts once
-        self.epsilon: float | None = None
+        self.spent: Spent | None = None
         self._usual = strategy.broadcast(state, round, None)
         self.count, self._needed, self._loss, self._weight = 0, needed, 0.0, 0.0
         self._out = exchange.prepared({client: strategy.broadcast(state, round, client) for client in cohort.clients})
@@ -113,8 +114,8 @@ class _Taken:
                 self._traffic.fault(update.client, str(fault))
                 continue
             good = replace(good, weight=1.0) if self._alike else good
-            if (spent := update.metrics.get("epsilon")) is not None:
-                self.epsilon = max(self.epsilon or 0.0, spent)
+            if (said := _said(update)) is not None:
+                self.spent = said.most(self.spent)
             self.count += 1
             self._loss += update.weight * update.metrics.get("loss", float("nan"))
             self._weight += update.weight
@@ -135,6 +136,12 @@ class _Taken:
     @property
     def loss(self) -> float:
         return self._loss / self._weight if self._weight else float("nan")
+
+
+def _said(update: Update) -> Spent | None:
+    """What a client said that it has spent; None if it said nothing that could be."""
+    epsilon, delta = (update.metrics.get(name, -1.0) for name in ("epsilon", "delta"))
+    return Spent(epsilon, delta, heard=True) if epsilon >= 0 and 0 <= delta <= 1 else None
 
 
 def _explained(round: int, got: int, needed: int, faults: list[Fault]) -> str:

@@ -45,6 +45,14 @@ def test_equal_processes_have_equal_passports(own: Passport) -> None:
     assert own.differences(again) == []
 
 
+def test_other_classes_or_another_order_are_told_apart() -> None:
+    one = passport(image_base(), {"main": START}, PIXELS, ("ham", "spam"))
+    assert one == passport(image_base(), {"main": START}, PIXELS, ("ham", "spam"))
+    for classes in (("spam", "ham"), ("ham", "spam", "eggs"), ("ham, spam", "")):
+        (said,) = one.differences(passport(image_base(), {"main": START}, PIXELS, classes))
+        assert re.search(r"classes: the server has 2 named \w{12}, it has \d named \w{12}; give both the same data.class_names", said)
+
+
 def test_a_passport_crosses_a_message_as_it_is(own: Passport) -> None:
     assert read_passport({"client": 3, "header": "[]", **own.facts()}) == own
 

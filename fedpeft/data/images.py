@@ -74,7 +74,7 @@ def _npz(path: Path) -> Table:
 
 
 def _classes(labels: Tensor, names: Sequence[str] | None, path: Path) -> tuple[str, ...]:
-    if int(labels.min()) == int(labels.max()):
+    if names is None and int(labels.min()) == int(labels.max()):
         raise ValueError(f"{path} needs at least two classes, it has one: {int(labels[0])}")
     highest = int(labels.max())
     if names is None:

@@ -148,6 +148,12 @@ def natural(labels: Tensor, groups: tuple[str, ...] | None, clients: int, *, min
     return Split(_rows(owner, clients), note, tuple(client))
 
 
+def owned_by(client: int, rows: int, clients: int) -> Split:
+    """All rows are one client's, who is alone with them; nothing is dealt."""
+    each = tuple(torch.arange(rows if one == client else 0) for one in range(clients))
+    return Split(each, "all of this site's rows are its own", tuple(map(str, range(clients))))
+
+
 def histogram(split: Split, labels: Tensor, classes: int) -> Tensor:
     """How many rows of each class each client owns: (clients, classes) int64; one column if there are no classes (language)."""
     width = max(classes, 1)

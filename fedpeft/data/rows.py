@@ -50,16 +50,17 @@ class Reading:
     text: str | None = None  # column of the text
     text_pair: str | None = None  # column of the second text (a hypothesis, an answer)
     label: str | None = None  # column of the class; null for language
+    class_names: Sequence[str] | None = None  # all there may be, in the order of their numbers; null: those of the training rows
     group: str | None = None  # column of the natural owner
     test_share: float = 0.2  # of the rows, held out if the data has no test
     limit: int | None = None  # rows kept of train and of test each, for trials
     min_group: int = 1  # training examples a natural owner needs
     public_small_groups: bool = False  # language: examples of smaller owners become public; otherwise they are left out
     drop_unlabelled: bool = False  # leave out rows without a label
-    drop_unseen: bool = False  # leave out test rows whose label no training row has
+    drop_unseen: bool = False  # leave out rows whose label is none of the classes
 
     def dataset(self, train: Rows, test: Rows | None, seed: int, inputs: Callable[[Rows], Inputs]) -> Dataset:
-        """The data set of raw rows. Classes come from all of `train`, before any row is held out or limited."""
+        """The data set of raw rows. Unless they are named, classes come from all of `train`, before any row is held out or limited."""
         self._check()
         classes = self._classes(train)
         whole = self._table(train, classes, inputs)
@@ -82,6 +83,8 @@ class Reading:
                 f"data.label={self.label}: language modelling has no classes; set data.label=null, "
                 f"or use the column as the owner with data.group={self.label}"
             )
+        if self.task == "language" and self.class_names is not None:
+            raise ValueError(f"data.class_names={list(self.class_names)}: language modelling has no classes; set data.class_names=null")
         if self.group is None and (self.min_group > 1 or self.public_small_groups):
             raise ValueError(
                 f"data.min_group={self.min_group} data.public_small_groups={self.public_small_groups}: needed is the column of the owner, "
@@ -93,6 +96,10 @@ class Reading:
     def _classes(self, rows: Rows) -> tuple[str, ...]:
         if self.task == "language":
             return ()
+        if self.class_names is not None:
+            if len(self.class_names) < 2 or len(set(map(str, self.class_names))) < len(self.class_names):
+                raise ValueError(f"data.class_names={list(self.class_names)}: needed are two names or more, each another")
+            return tuple(map(str, self.class_names))
         classes = {name for name in rows.names(self.label, "label") if name is not None}
         if len(classes) < 2:
             raise ValueError(
@@ -123,9 +130,8 @@ class Reading:
                     f"row {number} of {rows.name} has no label in column {self.label}; remove it or set data.drop_unlabelled=true"
                 )
             if name is not None and name not in index and not self.drop_unseen:
-                raise ValueError(
-                    f"row {number} of {rows.name} has the label {name}, which no training row has; remove it or set data.drop_unseen=true"
-                )
+                where = "which no training row has" if self.class_names is None else "which is not one of data.class_names"
+                raise ValueError(f"row {number} of {rows.name} has the label {name}, {where}; remove it or set data.drop_unseen=true")
         return torch.tensor([-1 if name is None else index.get(name, -1) for name in names], dtype=torch.int64)
 
     def _groups(self, rows: Rows) -> tuple[str, ...] | None:

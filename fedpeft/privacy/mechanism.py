@@ -23,7 +23,8 @@ def clip_each(each: Tensors, clip: float) -> Tensor:
     for part in each.values():
         if broken.any():
             part[broken] = 0.0
-        part.mul_(factor.to(part.dtype).view(-1, *[1] * (part.dim() - 1)))
+        below = torch.where(factor < 1, factor * (1 - torch.finfo(part.dtype).eps), factor)  # both roundings may go up
+        part.mul_(below.to(part.dtype).view(-1, *[1] * (part.dim() - 1)))
     return norms.masked_fill(broken, torch.inf)
 
 

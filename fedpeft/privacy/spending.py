@@ -35,6 +35,12 @@ class Spending:
         except ValueError as fault:
             raise OSError(f"{self.path} cannot be read ({fault}): what was spent is not known, so nothing more is released") from None
 
+    @property
+    def reached(self) -> tuple[float, float]:
+        """(epsilon, delta) as the last line has them; zeros if there is none."""
+        lines = self.lines()
+        return (float(lines[-1]["epsilon"]), float(lines[-1]["delta"])) if lines else (0.0, 0.0)
+
     def check(self, events: Sequence[Event], *, budget: float, delta: float, clients: Sequence[int] | None = None) -> float:
         """Epsilon with `events`: the largest of `clients` where they are given. Raises `BudgetSpent` if that is more than `budget`."""
         lines = self.lines()

@@ -1,6 +1,7 @@
 """What an epsilon means: nobody is shown the number without its unit, relation, delta, sampling, adversary, and what it leaves out."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from fedpeft.privacy.unit import Client, Example, Unit
 
@@ -11,9 +12,24 @@ PUBLISHED = (
 )
 
 
-def statement(unit: Unit, *, epsilon: float, delta: float, sizes: Sequence[int], cohort: int, batch: int) -> list[str]:
-    """Lines for a report. `epsilon` was spent, of the client that spent most; `sizes` are the clients' examples."""
-    many = len(sizes)
+@dataclass(frozen=True)
+class Spent:
+    """What was spent: the largest epsilon and the largest delta of all clients."""
+
+    epsilon: float
+    delta: float
+    heard: bool = False  # clients said so with the replies that came: their own ledgers, which have all, lie with them
+
+    def most(self, other: "Spent | None") -> "Spent":
+        """What covers both."""
+        if other is None:
+            return self
+        return Spent(max(self.epsilon, other.epsilon), max(self.delta, other.delta), self.heard)
+
+
+def statement(unit: Unit, *, spent: Spent, sizes: Sequence[int], cohort: int, batch: int) -> list[str]:
+    """Lines for a report. `sizes` are the clients' examples, of which nothing is said where only replies tell what was spent."""
+    many, epsilon, delta = len(sizes), spent.epsilon, spent.delta
     first = [INSECURE] if unit.noise == "seeded-insecure" else []
     if isinstance(unit, Example) and unit.published:
         first.append(PUBLISHED)
@@ -33,18 +49,26 @@ def statement(unit: Unit, *, epsilon: float, delta: float, sizes: Sequence[int],
                 if unit.adversary == "outsider"
                 else " and knows who took part in which round; no credit is taken for rounds that a client sat out."
             ),
-            "Trusted: the server, which sees each client's update before it is noised. Only the adapter is released: the run's "
-            "folder (ledger, faults, sizes of payloads, checkpoints) stays with the server.",
+            "Trusted: the server, which sees each client's update before it is noised. Only the adapter and its card are released: all "
+            "else in the run's folder (ledger, report, result, log, checkpoints) holds faults, answers, times and sizes of payloads "
+            "of clients, without noise, and is the server's own.",
             "Not covered: hyperparameters chosen by looking at other runs on the same clients; accuracy measured on data of the clients; "
             "one person's data at several clients; what clients keep for themselves.",
         ]
-    low, high = min(1.0, batch / max(sizes)), min(1.0, batch / min(sizes))
+    if spent.heard:
+        rates = f"rate: batch {batch} over each client's own number of examples"
+        known = ["Known: as far as the server heard. What a client spent on a reply that was lost or refused, its own ledger alone has."]
+        who = f"the largest that one of {many} clients said of itself, counted by its own ledger"
+    else:
+        low, high = min(1.0, batch / max(sizes)), min(1.0, batch / min(sizes))
+        rates = f"rate {low:.3g} to {high:.3g}: batch {batch} of {min(sizes)} to {max(sizes)} examples"
+        known, who = [], f"the largest of {many} clients"
     return [
         *first,
-        f"{whole} example of one client; the largest of {many} clients. Clients' data are disjoint: a person at two of them adds both up.",
+        f"{whole} example of one client; {who}. Clients' data are disjoint: a person at two of them adds both up.",
+        *known,
         f"Mechanism: at each client, gradients of single examples clipped to {unit.clip:g} over all trained tensors together, summed over "
-        f"Poisson batches (rate {low:.3g} to {high:.3g}: batch {batch} of {min(sizes)} to {max(sizes)} examples), noise, divided by "
-        "the expected size of a batch.",
+        f"Poisson batches ({rates}), noise, divided by the expected size of a batch.",
         "Hidden from: whoever sees what a client sends in all rounds, the server too. No credit for rounds that a client sits out.",
         "Public: how many examples each client has (one that is added or removed leaves its place empty), and how many steps it takes.",
         "Not covered: hyperparameters chosen by looking at other runs on the same data; the test set and what is measured on it; the data "

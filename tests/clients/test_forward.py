@@ -7,13 +7,16 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+import clients.app
 from clients import forward as forwarder
 from clients import frames
 from fedpeft.codecs.base import Payload
+from fedpeft.config import ConfigError, load
 from fedpeft.records import from_records, to_records
 
 ROOT = Path(__file__).parents[2]
@@ -84,6 +87,19 @@ def test_the_clientapp_hands_a_message_to_the_worker_and_loads_neither_torch_nor
 
 
 @pytest.mark.fast
+def test_a_node_without_a_worker_does_nothing_outside_flowers_simulation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no policy, and would open what the server names."""
+    context = SimpleNamespace(node_config={"partition-id": 1}, run_config={"overrides": "rounds=3"}, run_id=7)
+    monkeypatch.setattr(clients.app, "_site", lambda overrides, run: SimpleNamespace(setting=load(["clients=1", "cohort=1"])))
+    monkeypatch.delitem(sys.modules, "ray", raising=False)
+    with pytest.raises(ConfigError, match="this node has no worker: start it by `fedpeft client up`"):
+        clients.app._answer(None, context)  # type: ignore[arg-type]  # nobody looks at it
+    monkeypatch.setitem(sys.modules, "ray", sys)
+    with pytest.raises(AttributeError, match="config"):  # it went on
+        clients.app._answer(None, context)  # type: ignore[arg-type]
+
+
+@pytest.mark.fast
 def test_a_message_is_handed_over_again_when_the_worker_ends_in_the_middle(tmp_path: Path) -> None:
     with FakeWorker(tmp_path / "w.sock", [nothing, answer]) as worker:
         content = to_records(Payload("[1]", b"abc"), {"round": 0})
@@ -102,7 +118,7 @@ def test_a_worker_that_always_ends_is_a_fault_and_not_an_endless_wait(tmp_path: 
 @pytest.mark.fast
 def test_a_worker_that_never_comes_is_named_with_the_command_that_starts_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forwarder, "PATIENCE", 0.2)
-    with pytest.raises(ValueError, match="fedpeft client up"):
+    with pytest.raises(ValueError, match=r"^this client's worker does not answer; start it: fedpeft client up$"):
         forwarder.forward(str(tmp_path / "w.sock"), "query", to_records(Payload("[]", b""), {}), run=7, overrides="")
 
 

@@ -9,6 +9,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
+from clients.engine import Engine
 from clients.private import Backend, _fault, _loop, _nowhere_zero, choose, clipped_sums, per_example, train_private
 from clients.stacked import Unstackable
 from clients.train import Job, Private, batches, poisson, train
@@ -18,7 +19,7 @@ from fedpeft.adapters.lora import Lora
 from fedpeft.adapters.lora_sb import LoraSB
 from fedpeft.adapters.ravan import Ravan
 from fedpeft.adapters.sparse import Sparse
-from fedpeft.config import Training, build
+from fedpeft.config import Options, Training, build
 from fedpeft.lowrank import cut
 from fedpeft.messages import Broadcast
 from fedpeft.models.base import Base, Examples, Images
@@ -132,6 +133,47 @@ def test_a_model_that_couples_its_examples_is_found_out(tiny, examples, caplog) 
     with caplog.at_level(logging.INFO, "fedpeft"):
         assert choose(adapted, data, torch.arange(12), PLAIN, "auto") == "vmap"  # which runs the model on one example, too
     assert "by vmap (hooks: its gradient of head" in caplog.text
+
+
+def crowd(module: nn.Module, inputs: object, out: torch.Tensor) -> torch.Tensor:
+    """What a model does that couples its examples only where there are more than two, as experts with room for so many tokens do."""
+    return out + out.mean(0, keepdim=True) if len(out) > 2 else out
+
+
+def test_a_model_that_couples_more_than_two_examples_is_found_out(tiny, examples, jobs, caplog) -> None:
+    base: Base = tiny("vit")
+    adapted, data = Lora(rank=3).attach(base, seed=0), examples(base)
+    base.module.vit.layernorm.register_forward_hook(crowd)
+    with pytest.raises(ValueError, match="hooks: the gradient of an example changes with the others of its batch"):
+        choose(adapted, data, torch.arange(12), PLAIN, "hooks")
+    assert choose(adapted, data, torch.arange(12), PLAIN, "auto") == "vmap"
+    (job, *_) = jobs(adapted.read(), SGD)
+    caplog.set_level(logging.INFO, "fedpeft")
+    engine = Engine(adapted, data, Options())
+    (done,) = engine.train(PLAIN, [replace(job, private=kept(lambda rows: [rows]))], round=0)
+    assert not isinstance(done, ValueError)
+    assert "what ViTForImageClassification makes of an example changes with the others of its batch" in caplog.text
+    assert "by vmap" in caplog.text
+
+
+def test_a_broadcast_that_is_no_number_tests_no_way_and_none_is_taken_on_trust(
+    adapted: Adapted, texts: Examples, jobs, monkeypatch
+) -> None:
+    (job, *_) = (replace(one, private=kept(lambda rows: [rows], noise=1.0)) for one in jobs(adapted.read(), SGD))
+    broken = Broadcast({name: torch.full_like(tensor, torch.nan) for name, tensor in job.start.items()})
+    monkeypatch.setattr("clients.private._hooks", lambda *_: pytest.fail("hooks were used untested"))
+    train_private(adapted, PLAIN, texts, replace(job, broadcast=broken), round=0)
+    monkeypatch.setattr("clients.private._hooks", lambda adapted, examples, rows, moving: _zeroed(_loop(adapted, examples, rows, moving)))
+    monkeypatch.setattr("clients.private._vmap", lambda adapted, examples, rows, moving: _zeroed(_loop(adapted, examples, rows, moving)))
+    adapted.fill(job.start)
+    assert choose(adapted, texts, job.rows, PLAIN, "auto") == "loop"  # after a good broadcast they are tested, and found wrong
+    (update, _) = train_private(adapted, PLAIN, texts, replace(job, private=kept(lambda rows: [rows], clip=1e9)), round=1)
+    (want, _) = train_private(adapted, PLAIN, texts, replace(job, private=kept(lambda rows: [rows], clip=1e9)), round=1, backend="loop")
+    assert apart(update.tensors, want.tensors) == 0.0
+
+
+def _zeroed(made: tuple[Tensors, torch.Tensor]) -> tuple[Tensors, torch.Tensor]:
+    return {name: torch.zeros_like(part) for name, part in made[0].items()}, made[1]
 
 
 def test_a_mistake_that_shows_only_where_b_is_not_zero_is_found_out(tiny, examples) -> None:
@@ -368,15 +410,10 @@ def test_what_does_not_move_is_an_error(adapted: Adapted, texts: Examples, jobs)
 
 
 @pytest.mark.fast
-def test_dropout_and_nothing_to_train_are_refused(adapted: Adapted, texts: Examples, jobs) -> None:
-    private = kept(lambda rows: [rows])
-    (job, *_) = jobs(adapted.read(), private=private)
+def test_nothing_to_train_is_refused(adapted: Adapted, texts: Examples, jobs) -> None:
+    (job, *_) = jobs(adapted.read(), private=kept(lambda rows: [rows]))
     with pytest.raises(ValueError, match="trains no tensor"):
         train_private(adapted, Phase(trains=lambda name: False), texts, job, round=0)
-    adapted.undo()
-    dropping = Lora(rank=3, dropout=0.1).attach(adapted.base, seed=0)
-    with pytest.raises(ValueError, match=r"set adapter\.dropout=0"):
-        train_private(dropping, PLAIN, texts, job, round=0, backend="loop")
 
 
 @each_model

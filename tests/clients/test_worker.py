@@ -5,18 +5,21 @@ import os
 import socket
 import stat
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from clients import frames
 from clients.engine import Engine
+from clients.faults import Told
 from clients.forward import plain
 from clients.launch import SiteFile
 from clients.memory import Memory
 from clients.policy import Policy
 from clients.site import site_of
 from clients.worker import Worker, serve
+from experiments.drill.spoiled import full_disk
 from fedpeft.config import ConfigError, load
 from fedpeft.messages import Broadcast
 from fedpeft.records import Packer, from_records, to_records
@@ -99,9 +102,75 @@ def test_a_base_model_that_the_site_does_not_know_trains_on_nothing(setting: Set
 
 def test_a_path_of_the_servers_is_not_read(setting: Setting, tmp_path: Path) -> None:
     (tmp_path / "secret.csv").write_text("text,label\nkey,1\n")
-    made, _ = worker(tmp_path / "state").answer(*asked(setting, f"{ASKED} data=files data.path={tmp_path / 'secret.csv'}"))
-    assert "data.path" in made["fault"]
+    here = worker(tmp_path / "state")
+    made, _ = here.answer(*asked(setting, f"{ASKED} data=files data.path={tmp_path / 'secret.csv'}"))
     assert "secret" not in made["fault"]
+    assert "data.path is not set" in here.done["fault"]
+
+
+TEXTS = f"{ASKED} data=files model=tiny_llama model.epochs=0 model.layers=1 data.partition.scheme=iid"
+
+
+def of_texts(tmp_path: Path, *rows: str, **more: object) -> Worker:
+    """A site whose own file has these rows."""
+    (tmp_path / "mine.csv").write_text("text,label\n" + "".join(f"{row}\n" for row in rows))
+    data = {"path": str(tmp_path / "mine.csv"), "class_names": ["a", "b", "c"]} | dict(more.pop("data", {}))  # type: ignore[call-overload]  # a dict
+    return worker(tmp_path / "state", data=data, whole=True, **more)
+
+
+@pytest.mark.parametrize("more", ["", "privacy=example"])
+def test_neither_a_row_nor_a_path_leaves_with_what_went_wrong(setting: Setting, tmp_path: Path, more: str) -> None:
+    here = of_texts(tmp_path, *["good,a"] * 9, "John Doe,HIV")
+    made, _ = here.answer(*asked(setting, f"{TEXTS} {more}", kind="query"))
+    assert made == {"fault": "its data and model cannot be opened; the reason stands in the client's log (worker.log)"}
+    assert "row 10 of mine.csv has the label HIV, which is not one of data.class_names" in here.done["fault"]  # of `fedpeft status`, here
+
+
+def test_a_fault_of_the_sites_own_file_is_not_told_in_its_words(setting: Setting, tmp_path: Path) -> None:
+    made, _ = of_texts(tmp_path, "x,a", data={"colour": "/home/doe"}).answer(*asked(setting, TEXTS))
+    assert made["fault"].startswith("what site.yaml says does not fit this run; the reason stands")
+
+
+def test_whatever_goes_wrong_is_a_fault_without_its_words_and_the_worker_lives(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = worker(tmp_path)
+    with monkeypatch.context() as broken:
+        broken.setattr(Worker, "_site", lambda *_: [].index("row 3: John Doe") if _ else {}["no"])
+        made, _ = here.answer(*asked(setting))
+    assert made == {"fault": "its message was not answered; the reason stands in the client's log (worker.log)"}
+    assert "metrics" in here.answer(*asked(setting))[0]
+
+
+def test_a_fault_in_training_is_told_by_its_kind_alone(setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = worker(tmp_path)
+    monkeypatch.setattr(Engine, "train", lambda self, phase, jobs, **_: [ValueError("row 3: John Doe") for _ in jobs])
+    assert here.answer(*asked(setting))[0]["fault"] == "training failed; the reason stands in the client's log (worker.log)"
+    assert here.done["fault"] == "row 3: John Doe"
+    monkeypatch.setattr(Engine, "train", lambda self, phase, jobs, **_: [Told("the loss became nan") for _ in jobs])
+    assert here.answer(*asked(setting))[0]["fault"] == "the loss became nan"
+
+
+def test_what_a_site_says_of_its_head_does_not_follow_from_its_rows(setting: Setting, tmp_path: Path) -> None:
+    said = []
+    for number, rows in enumerate((["x,a", "y,b"] * 4, ["x,a"] * 8)):
+        (tmp_path / str(number)).mkdir()
+        made, _ = of_texts(tmp_path / str(number), *rows).answer(*asked(setting, TEXTS, kind="query"))
+        said.append({name: made["facts"][name] for name in ("layout", "modules", "classes", "reads")})
+    assert said[0] == said[1]
+    assert said[0]["classes"].startswith("3 named ")
+
+
+@pytest.mark.parametrize(("whole", "more"), [(True, ""), (False, "privacy=example")])
+def test_a_site_that_does_not_name_its_classes_takes_part_in_nothing(setting: Setting, tmp_path: Path, whole: bool, more: str) -> None:
+    here = of_texts(tmp_path, *["x,a", "y,b"] * 9, data={"class_names": None})
+    here.site = replace(here.site, whole=whole)
+    assert "does not say data.class_names" in here.answer(*asked(setting, f"{TEXTS} {more}"))[0]["fault"]
+
+
+def test_all_rows_are_a_clients_own_however_many_a_dealt_split_would_need(setting: Setting, tmp_path: Path) -> None:
+    made, _ = of_texts(tmp_path, *["x,a", "y,b"] * 4).answer(*asked(setting, f"{TEXTS} data.min_examples=1000", kind="query"))
+    assert made["facts"]["examples"] == 1  # six of eight are left after the held-out ones
 
 
 def test_all_of_the_sites_rows_are_its_own_if_it_says_so(setting: Setting, tmp_path: Path) -> None:
@@ -130,14 +199,23 @@ def test_after_a_fault_the_next_message_is_answered(setting: Setting, tmp_path: 
     assert here.done["fault"] is None
 
 
+def test_a_full_disk_is_a_fault_that_is_told_and_what_status_shows_may_wait(setting: Setting, tmp_path: Path) -> None:
+    here = worker(tmp_path)
+    head, payload = asked(setting)
+    here.answer(head | {"kind": "query"}, b"")  # the run is open
+    with full_disk():
+        assert "fault" in here.answer(head, payload)[0]
+    assert "metrics" in here.answer(head, payload)[0]
+
+
 def test_the_epsilon_of_other_runs_is_found_on_disk(tmp_path: Path) -> None:
     here = worker(tmp_path)
-    for run, epsilon in (("a", 1.5), ("b", 2.0)):
-        file = tmp_path / "runs" / run / "memory" / "000001" / "privacy.jsonl"
+    for run, epsilon in (("a/memory/000001", 1.5), ("b/memory/000001", 2.0), ("b/memory/000000", 0.25)):
+        file = tmp_path / "runs" / run / "privacy.jsonl"
         file.parent.mkdir(parents=True)
-        file.write_text(f'{{"epsilon": 0.5}}\n{{"epsilon": {epsilon}}}\n{{"epsi')
-    assert here.spent() == 3.5
-    assert here.spent(but=tmp_path / "runs" / "b") == 1.5
+        file.write_text(f'{{"epsilon": 0.5, "delta": 1e-5}}\n{{"epsilon": {epsilon}, "delta": 1e-5}}\n{{"epsi')
+    assert here.spent() == 3.75
+    assert here.spent(but=tmp_path / "runs" / "b" / "memory" / "000001") == 1.75  # what it spent as another client counts
 
 
 @pytest.fixture
@@ -173,3 +251,17 @@ def test_who_hangs_up_or_talks_nonsense_does_not_end_it(served: Path) -> None:
 def test_one_client_has_one_worker(served: Path) -> None:
     with pytest.raises(ConfigError, match="another worker answers"):
         serve(worker(served.parent), served)
+
+
+def test_a_site_without_an_epsilon_is_warned_where_its_worker_starts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Ends(Exception):
+        pass
+
+    for policy, warned in ((Policy(), True), (Policy(epsilon=3.0), False)):
+        caplog.clear()
+        here = worker(tmp_path / str(warned), policy=policy)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(socket.socket, "accept", lambda *_: (_ for _ in ()).throw(Ends))
+            with pytest.raises(Ends):
+                serve(here, here.site.socket)
+        assert ("without differential privacy" in caplog.text) is warned

@@ -3,6 +3,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from fedpeft.data.files import Files
 
@@ -202,3 +203,29 @@ def test_shakespeares_small_speakers_are_public():
     assert len(data.train) + len(data.public) + len(data.test) == 7_095
     assert not set(data.train.groups) & set(data.public.groups)
     assert min(map(data.train.groups.count, set(data.train.groups))) >= 20
+
+
+def test_named_classes_do_not_follow_from_the_rows(tmp_path):
+    data = read(write(tmp_path, "train.csv", CSV), class_names=["c", "b", "a"], test_share=0.3)
+    assert data.classes == ("c", "b", "a")
+    assert sorted(torch.cat([data.train.labels, data.test.labels]).tolist()) == [1, 1, 2]
+    assert read(write(tmp_path, "train.csv", "text,label\nx,1\ny,1\n"), class_names=[0, 1]).classes == ("0", "1")  # one of them has no row
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"class_names": ["a"]}, "needed are two names or more"),
+        ({"class_names": ["a", "a"]}, "each another"),
+        ({"class_names": ["a", "c"]}, "row 1 of train.csv has the label b, which is not one of data.class_names; remove it"),
+        ({"class_names": ["a", "b"], "task": "language", "label": None}, "language modelling has no classes"),
+    ],
+)
+def test_class_names_that_cannot_be_are_refused(tmp_path, fields, said):
+    with pytest.raises(ValueError, match=said):
+        read(write(tmp_path, "train.csv", CSV), **fields)
+
+
+def test_rows_of_other_classes_may_be_left_out(tmp_path):
+    data = read(write(tmp_path, "train.csv", CSV + "four,b\n"), class_names=["b", "c"], drop_unseen=True, test_share=0.4)
+    assert sorted(torch.cat([data.train.labels, data.test.labels]).tolist()) == [0, 0, 0]

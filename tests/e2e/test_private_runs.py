@@ -1,12 +1,15 @@
 """Private runs from end to end: they train, keep their budget, say what it means, stop when it ends, and resume where they were."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
+from clients.faults import Fault
+from clients.site import Site
 from experiments.simulate import Summary, simulate
 from fedpeft.config import ConfigError
 from fedpeft.ledger import Ledger
@@ -57,6 +60,8 @@ def test_clients_are_hidden_by_strategies_that_take_a_mean(strategy: str, tmp_pa
     (line, *_) = entries(summary)
     assert (line["loss"], line["aggregation"]["error"]) == (None, None)  # what only the clean updates tell
     assert "add or remove one client" in summary.outcome.stated[1]
+    released = [json.loads(row)["round"] for row in (summary.folder / "privacy.jsonl").read_text().splitlines()]
+    assert set(released) == {0, 1, 2}  # so that a run goes on only if no round is missing
 
 
 def test_a_gradient_start_has_a_query_of_its_own(tmp_path: Path) -> None:
@@ -132,3 +137,63 @@ def test_the_published_count_runs_and_is_labelled(tmp_path: Path) -> None:
     words = [*BOTH, "privacy=as-published", "strategy=fed_sb", "strategy.start=gradient", "rounds=4"]
     summary = ended(tmp_path / "run", words)
     assert summary.outcome.stated[0].startswith("NOT A VALID CLAIM")
+
+
+def stopped(folder: Path, words: list[str], after: int) -> Path:
+    """A run that was cut off after so many rounds."""
+
+    class Stop(Exception):
+        pass
+
+    def stops(what: str, config: Any, entry: dict[str, Any]) -> None:
+        if entry["round"] + 1 == after:
+            raise Stop
+
+    with pytest.raises(Stop):
+        ended(folder, words, watch=stops)
+    return folder
+
+
+@pytest.mark.parametrize("left", [0, 1])
+def test_a_run_whose_ledger_has_less_than_its_checkpoint_goes_on_nowhere(left: int, tmp_path: Path) -> None:
+    ledger = stopped(tmp_path / "run", CLIENT, 2) / "privacy.jsonl"
+    lines = ledger.read_text().splitlines(keepends=True)
+    ledger.write_text("".join(lines[:left])) if left else ledger.unlink()
+    with pytest.raises(ConfigError, match=rf"privacy.jsonl has nothing of round {left + 1} and {1 - left} more, which the checkpoint has"):
+        simulate([], resume=tmp_path / "run")
+    ledger.write_text("".join(lines))
+    assert simulate([], resume=tmp_path / "run").outcome.rounds == 3
+
+
+def test_clients_whose_ledgers_are_gone_go_on_nowhere(tmp_path: Path) -> None:
+    folder = stopped(tmp_path / "run", EXAMPLE, 2)
+    shutil.rmtree(folder / "memory")
+    with pytest.raises(
+        ConfigError, match=r"the checkpoint says that a client has spent epsilon \d\.\d+, the clients' ledgers .* say 0\.000"
+    ):
+        simulate([], resume=folder)
+
+
+def test_epsilon_counts_what_was_spent_on_replies_that_never_came(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client that spends most trains, and its replies are lost."""
+    words = [*EXAMPLE, "privacy.epsilon=inf", "privacy.noise_multiplier=1"]
+    whole = ended(tmp_path / "whole", words)
+    sizes = json.loads((whole.folder / "split.json").read_text())["sizes"]
+    smallest = sizes.index(min(sizes))
+    trained = Site._trained
+
+    def lost(self: Site, *some: Any) -> Any:
+        return ((ask, Fault("lost", "lost") if ask.client == smallest else made) for ask, made in trained(self, *some))
+
+    monkeypatch.setattr(Site, "_trained", lost)
+    summary = ended(tmp_path / "run", words)
+    assert [line["answers"] for line in entries(summary)] == [5] * 3
+    assert summary.outcome.epsilon == whole.outcome.epsilon
+    assert f"epsilon {whole.outcome.epsilon:.3f}" in summary.outcome.stated[1]
+
+
+@pytest.mark.parametrize("words", [EXAMPLE, CLIENT], ids=["example", "client"])
+def test_nothing_in_the_manifest_tells_who_guesses_the_data_that_he_is_right(words: list[str], tmp_path: Path) -> None:
+    manifest = json.loads((stopped(tmp_path / "run", words, 1) / "manifest.json").read_text())
+    assert "data" not in manifest
+    assert manifest["fingerprint"]

@@ -41,6 +41,14 @@ def test_no_contribution_is_longer_than_the_clip(kind: str, clip: float, dtype: 
             assert all(torch.allclose(each[name][row], before[name][row], rtol=1e-5) for name in each)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_in_half_precision_makes_no_contribution_longer_than_the_clip(dtype: torch.dtype) -> None:
+    for step in range(200):
+        each, clip = contributions("plain", dtype), 1.0 + step / 100
+        clip_each(each, clip)
+        assert float(norms(each).max()) <= clip
+
+
 def test_all_tensors_of_a_contribution_are_scaled_alike() -> None:
     each, before = contributions("plain"), contributions("plain")
     clip_each(each, 0.5)

@@ -4,7 +4,7 @@ import pytest
 
 from fedpeft.config import ConfigError, build, load
 from fedpeft.privacy.accountant import Event, epsilon
-from fedpeft.privacy.statement import statement
+from fedpeft.privacy.statement import Spent, statement
 from fedpeft.privacy.unit import Client, Example, client_terms, example_terms, sum_noise
 
 pytestmark = pytest.mark.fast
@@ -91,7 +91,7 @@ def test_the_published_way_of_counting_has_its_delta_and_says_so() -> None:
     terms = example_terms(unit, examples=320, batch=32, steps=5, rounds=6, queries=1)
     assert terms.delta == 0.1
     assert terms.events(query=True) == ()  # gradients of the start for free
-    assert statement(unit, epsilon=3.0, delta=0.1, sizes=[320], cohort=1, batch=32)[0].startswith("NOT A VALID CLAIM")
+    assert statement(unit, spent=Spent(3.0, 0.1), sizes=[320], cohort=1, batch=32)[0].startswith("NOT A VALID CLAIM")
     honest = build(load(["privacy=honest"]).privacy)
     assert (honest.epsilon, honest.clip) == (unit.epsilon, unit.clip)
     assert example_terms(honest, examples=320, batch=32, steps=5, rounds=6).sigma > terms.sigma
@@ -100,7 +100,7 @@ def test_the_published_way_of_counting_has_its_delta_and_says_so() -> None:
 
 
 def test_a_statement_says_unit_relation_delta_sampling_adversary_and_what_is_not_covered() -> None:
-    said = " ".join(statement(Example(), epsilon=7.5, delta=1e-5, sizes=[50, 200], cohort=2, batch=10))
+    said = " ".join(statement(Example(), spent=Spent(7.5, 1e-5), sizes=[50, 200], cohort=2, batch=10))
     for words in (
         "epsilon 7.500 at delta 1e-05",
         "add or remove one example of one client",
@@ -109,8 +109,12 @@ def test_a_statement_says_unit_relation_delta_sampling_adversary_and_what_is_not
         "Not covered",
     ):
         assert words in said
-    said = " ".join(statement(Client(), epsilon=7.5, delta=1e-5, sizes=[50] * 100, cohort=10, batch=10))
+    said = " ".join(statement(Example(), spent=Spent(7.5, 1e-5, heard=True), sizes=[50, 200], cohort=2, batch=10))
+    for words in ("largest that one of 2 clients said of itself", "as far as the server heard", "over each client's own number"):
+        assert words in said
+    assert "200" not in said  # the server's copy of the split is none of the clients'
+    said = " ".join(statement(Client(), spent=Spent(7.5, 1e-5), sizes=[50] * 100, cohort=10, batch=10))
     for words in ("add or remove one client", "one of 100 clients", "no credit is taken", "Trusted: the server", "Not covered"):
         assert words in said
-    said = " ".join(statement(Client(adversary="outsider", sampling="poisson"), epsilon=1, delta=1e-5, sizes=[5] * 9, cohort=1, batch=1))
+    said = " ".join(statement(Client(adversary="outsider", sampling="poisson"), spent=Spent(1, 1e-5), sizes=[5] * 9, cohort=1, batch=1))
     assert "takes credit for that" in said

@@ -115,7 +115,7 @@ def test_the_outsider_accounting_counts_every_round_at_the_rate_of_the_coin(tmp_
     made = hidden(tmp_path, unit, clients=40, cohort=4)
     for round in range(3):
         made.mean(round, Broadcast(START), [round], everything)(iter([update(round, 1.0)]))
-    assert made.epsilon == pytest.approx(epsilon([Event(1.0, 0.1, 3)], made.terms.delta, step=1e-3), abs=1e-9)
+    assert made.spent.epsilon == pytest.approx(epsilon([Event(1.0, 0.1, 3)], made.terms.delta, step=1e-3), abs=1e-9)
     assert all("clients" not in line for line in made.spending.lines())  # the cohort is secret
 
 
@@ -184,9 +184,9 @@ def test_rounds_end_when_the_budget_does_and_say_what_was_spent(clients, joined,
     seen: list[Any] = []
     with pytest.raises(Exhausted, match="the privacy budget is spent"):
         seen.extend(steps)
-    assert [done.epsilon for done in seen] == sorted(done.epsilon for done in seen)
+    assert [done.spent.epsilon for done in seen] == sorted(done.spent.epsilon for done in seen)
     assert len(seen) == 2
-    assert seen[-1].epsilon <= budget + 1e-3
+    assert seen[-1].spent.epsilon <= budget + 1e-3
     assert math.isnan(seen[0].loss)  # no client's loss stands anywhere
     assert seen[0].gap.error is None
 

@@ -8,8 +8,10 @@ import torch
 from fedpeft.aggregate import median, weighted_mean
 from fedpeft.codecs.raw import Raw
 from fedpeft.cohort import Cohort, fixed
+from fedpeft.privacy.spending import SPENT
+from fedpeft.privacy.statement import Spent
 from fedpeft.strategy import Phase, always
-from server.rounds import ATTEMPTS, RoundFailed, run
+from server.rounds import ATTEMPTS, Exhausted, RoundFailed, run
 from strategies.fedavg import FedAvg
 from strategies.fedopt import FedOpt
 from strategies.fedsa import fedsa_lora
@@ -212,3 +214,19 @@ def test_a_round_holds_at_most_two_updates_at_a_time(clients, joined, start):
     play(clients(FedAvg(), codec=Watched()), joined, start, count=8)
     assert len(most) == 8
     assert max(most) <= 2
+
+
+def test_what_is_spent_is_the_most_that_clients_say_and_nothing_that_cannot_be(clients, joined, start):
+    says = {0: (1.5, 1e-6), 1: (2.5, 1e-7), 2: (float("nan"), 1e-5), 3: (9.0, 2.0), 4: (-1.0, 0.5), 5: (2.0, 1e-5)}
+    odd = {k: lambda c, m, k: c.answer(m, k, epsilon=says[k][0], delta=says[k][1]) for k in says}
+    (done,) = play(clients(FedAvg(), odd=odd), joined, start, count=6)
+    assert done.spent == Spent(2.5, 1e-5, heard=True)
+    assert play(clients(FedAvg()), joined, start)[0].spent is None
+
+
+def test_clients_that_have_spent_their_budgets_end_the_run_also_in_flowers_words(clients, joined, start):
+    def spent(*_):
+        raise ArithmeticError(f"<class 'clients.faults.Told'>:<'{SPENT}: epsilon 3.9 of 4 at delta 1e-05'>")
+
+    with pytest.raises(Exhausted, match="the privacy budget is spent"):
+        play(clients(FedAvg(), odd=dict.fromkeys(range(3), spent)), joined, start)
