@@ -34,13 +34,14 @@ demo: $(VENV)/.run  ## 100 clients federate LoRA on turned digits; ARGS="strateg
 	$(BIN)/fedpeft run $(ARGS)
 
 test: $(VENV)/.test $(VENV)/.minilm lint  ## everything: lint, types, layers, all tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not deploy" $(ARGS)
 
 fast: $(VENV)/.test  ## the tests that take seconds
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m fast $(ARGS)
 
-test-deploy: $(VENV)/.test  ## servers and clients as they are deployed, on loopback: TLS, node keys, workers
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/e2e/test_deployment.py tests/clients/test_worker.py tests/clients/test_forward.py $(ARGS)
+test-deploy: $(VENV)/.test  ## servers and clients as they are deployed: TLS, node keys, several hosts, every drill; 20 minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/e2e/test_deployment.py tests/e2e/test_hosts.py tests/e2e/test_drills.py \
+		tests/clients/test_worker.py tests/clients/test_forward.py $(ARGS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff format --check -q .

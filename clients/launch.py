@@ -128,7 +128,7 @@ def own_code(state: Path) -> Path:
 
 def _wait(processes: Processes, path: Path) -> None:
     until = time.monotonic() + READY
-    while not _answers(path):
+    while not answers(path):
         if processes.running("worker") is None:
             raise ConfigError(f"the worker ended: {processes.last_words('worker')}")
         if time.monotonic() > until:
@@ -136,7 +136,8 @@ def _wait(processes: Processes, path: Path) -> None:
         time.sleep(0.05)
 
 
-def _answers(path: Path) -> bool:
+def answers(path: Path) -> bool:
+    """True if a worker listens at the socket."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as link:
         return link.connect_ex(str(path)) == 0
 

@@ -8,7 +8,7 @@ import textwrap
 import time
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import click
 import typer
@@ -84,7 +84,8 @@ def run(
     began = time.perf_counter()
     with Progress(silent=quiet or as_json) as progress:
         summary = simulate(overrides or [], resume=resume, watch=progress.watch)
-    result = _result(summary, time.perf_counter() - began)
+    head_only = summary.head_only.final if summary.head_only else None
+    result = summary.outcome.result(summary.folder, seconds=time.perf_counter() - began, head_only=head_only)
     write_report(summary.folder, result)
     if as_json:
         print(json.dumps(result))
@@ -101,11 +102,14 @@ def doctor() -> None:
 
 
 @app.command()
-def drill(names: Annotated[list[str] | None, typer.Argument(help="Drills; default all.", show_default=False)] = None) -> None:
-    """Break one thing after another in a small simulated federation; exit code 1 if what follows is not what was declared."""
-    from experiments.drill import drill as play
+def drill(
+    names: Annotated[list[str] | None, typer.Argument(help="Drills; default all.", show_default=False)] = None,
+    grpc: Annotated[bool, typer.Option("--grpc", help="On real processes of this machine; some drills take minutes.")] = False,
+) -> None:
+    """Break one thing after another in a small federation, simulated or real; exit code 1 if what follows is not what was declared."""
+    from experiments.drill.table import drill as play
 
-    raise typer.Exit(play(names or []))
+    raise typer.Exit(play(names or [], grpc=grpc))
 
 
 @app.command()
@@ -315,26 +319,6 @@ def privacy_report(
     from experiments.privacy_report import show
 
     show(run_dir, as_json=as_json, picture=picture)
-
-
-def _result(summary: Any, seconds: float) -> dict[str, Any]:
-    head = summary.head_only
-    return {
-        "accuracy": {
-            "zero_shot": summary.outcome.zero_shot,
-            "head_only": head.final if head else None,
-            "final": summary.outcome.final,
-            "measure": summary.outcome.measure,
-        },
-        "bytes": {"up": summary.outcome.bytes_up, "down": summary.outcome.bytes_down},
-        "parameters": summary.outcome.parameters,
-        "seconds": seconds,
-        "seconds_of_rounds": summary.outcome.seconds,
-        "epsilon": summary.outcome.epsilon,
-        "privacy": list(summary.outcome.stated),
-        "rounds": summary.outcome.rounds,
-        "run_dir": str(summary.folder),
-    }
 
 
 def main() -> None:

@@ -2,18 +2,22 @@
 
 import json
 import logging
+import sys
 import time
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from clients import launch as client_side
+from experiments.progress import crossed, payloads
+from experiments.report import read_result, write_report
 from fedpeft.config import ConfigError
 from fedpeft.deployment import mapping_of
 from fedpeft.ledger import Ledger
 from fedpeft.processes import Processes
+from server import certs
 from server import launch as server_side
 
 server = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="The server of a federation on real hosts.")
@@ -21,13 +25,16 @@ client = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="One clie
 ServerConfig = Annotated[Path, typer.Option("--config", "-c", help="server.yaml")]
 SiteConfig = Annotated[Path, typer.Option("--config", "-c", help="site.yaml")]
 Insecure = Annotated[bool, typer.Option("--insecure", help="Without TLS and keys: on loopback alone.")]
-QUIET = 10.0  # seconds without a round after which Flower is asked whether the run still goes on; a question costs seconds of a core
+LOST = 300.0  # seconds that the SuperLink may be gone, while somebody starts it again: the run outlives it
+QUIET = 10.0  # seconds without a round after which Flower is asked whether the run still goes on
+SHARE = 0.1  # of the time that passes, at most, goes into asking: a question costs seconds of a core, on a busy machine more
 
 
 @server.command("up")
 def server_up(config: ServerConfig = Path("server.yaml"), insecure: Insecure = False) -> None:
     """Start the server in the background: clients can connect. What runs already is left alone."""
     told = server_side.read(config, insecure=insecure)
+    _check_certificates(told.insecure, told.tls.ca, told.tls.cert)
     _say_started(server_side.up(told), told.state)
 
 
@@ -55,7 +62,8 @@ def server_run(
     if resume is not None:
         if overrides:
             raise ConfigError(f"--resume takes the config of {resume} as it is; leave out {' '.join(overrides)}, or begin another run")
-        folder, words = resume.resolve(), _begun(resume)
+        folder = resume.resolve()
+        words = _begun(folder)
     else:
         folder = told.state / "runs" / f"{datetime.now():%Y-%m-%d-%H%M%S}"
         words = server_side.words_of(told, overrides or [], folder)
@@ -68,6 +76,7 @@ def server_run(
 def client_up(config: SiteConfig = Path("site.yaml"), insecure: Insecure = False) -> None:
     """Start this client in the background: its worker, and the SuperNode that calls the server. What runs already is left alone."""
     told = client_side.read(config, insecure=insecure)
+    _check_certificates(told.insecure, told.tls.ca)
     _say_started(client_side.up(config, told), told.state)
 
 
@@ -99,7 +108,7 @@ def status(
         print(json.dumps(found))
         return
     for name, value in found.items():
-        print(f"{name:<11} {_shown(value)}")
+        print(f"{name:<11} {'not measured' if value is None and name.startswith('socket') else _shown(value)}")
 
 
 def _of_server(config: Path, insecure: bool) -> dict[str, Any]:
@@ -113,7 +122,12 @@ def _of_server(config: Path, insecure: bool) -> dict[str, Any]:
     if runs and (entries := Ledger(runs[-1]).entries()):
         last = entries[-1]
         found |= {"run": str(runs[-1].parent), "round": int(str(last["round"])) + 1, "accuracy": last["accuracy"]}
-        found |= {"bytes_up": last["total_up"], "bytes_down": last["total_down"], "epsilon": last["epsilon"], "faults": last["faults"]}
+        for way in ("up", "down"):
+            counts = [entry.get(f"socket_{way}") for entry in entries]
+            whole = None if None in counts else sum(int(str(count)) for count in counts)
+            sent = int(str(last[f"total_{way}"]))
+            found |= {f"bytes_{way}": sent, f"socket_{way}": whole, f"ratio_{way}": None if whole is None or not sent else whole / sent}
+        found |= {"epsilon": last["epsilon"], "faults": last["faults"]}
     return found
 
 
@@ -129,31 +143,52 @@ def _running(processes: Processes) -> dict[str, int]:
 
 
 def _begun(folder: Path) -> list[str]:
-    """The overrides that a run began with."""
-    try:
-        return [str(word) for word in json.loads((folder / "manifest.json").read_text())["overrides"]]
-    except (OSError, json.JSONDecodeError, KeyError) as fault:
-        raise ConfigError(f"{folder} is not the folder of a run: its manifest.json cannot be read ({fault})") from None
+    """The overrides that the run in `folder` began with, for clients know it by these. Raises `ConfigError` if it cannot go on."""
+    from server.folder import alone, reopen
+
+    words = [str(word) for word in reopen(folder)[0].manifest()["overrides"]]
+    begun = [word.removeprefix("run.dir=") for word in words if word.startswith("run.dir=")]
+    if not begun:
+        raise ConfigError(f"{folder} holds a simulation; go on with `fedpeft run --resume {folder}`")
+    if Path(begun[-1]).resolve() != folder:
+        raise ConfigError(f"{folder} is not where this run was begun: move it back to {begun[-1]}")
+    with alone(folder):
+        return words
 
 
 def _follow(told: server_side.ServerFile, number: int, folder: Path) -> None:
     """Prints each round until the run has ended. Raises `OSError` if it failed."""
-    ledger, said, heard, ended = Ledger(folder / "ledger.jsonl"), -1, time.monotonic(), False
+    ledger, said, ended = Ledger(folder / "ledger.jsonl"), -1, False
+    asked = there = time.monotonic()  # when Flower was asked or a round came; when one of them last answered
+    patience = QUIET
     while True:
         for entry in ledger.entries():
             if int(str(entry["round"])) > said:
-                said, heard = int(str(entry["round"])), time.monotonic()
+                said = int(str(entry["round"]))
+                asked = there = time.monotonic()
                 print(_line(entry), flush=True)
         if ended:
             break
         finished = (folder / "adapter" / "README.md").exists()
-        if finished or time.monotonic() - heard > QUIET:
-            state, heard = server_side.state_of(told, number), time.monotonic()
+        if finished or time.monotonic() - asked > patience:
+            asked = time.monotonic()
+            try:
+                state, why = server_side.state_of(told, number)
+            except ConfigError:
+                if asked - there > LOST:
+                    raise
+                continue
+            there = time.monotonic()
+            asked, patience = there, max(QUIET, (there - asked) / SHARE)
             ended = state.startswith("finished")
             if ended and state != "finished:completed":
-                raise OSError(f"the run ended as {state}; `flwr log {number} local` with FLWR_HOME={told.state / 'flwr'} says why")
+                log = f"`FLWR_HOME={told.state / 'flwr'} flwr log {number} local --show` has its log"
+                again = f"; `fedpeft server run --resume {folder}` goes on" if (folder / "manifest.json").exists() else ""
+                raise OSError(f"{why or 'it gave no reason'}\nthe run ended as {state}; {log}{again}")
         time.sleep(0.25)
-    print(f"finished: {folder / 'adapter'}")
+    for name, text in (*payloads(ledger.entries()), *crossed(ledger.entries())):
+        print(f"{name:<19} {text}")
+    print(f"finished: {folder / 'adapter'}, {write_report(folder, read_result(folder))}")
 
 
 def _line(entry: dict[str, Any]) -> str:
@@ -163,6 +198,22 @@ def _line(entry: dict[str, Any]) -> str:
     parts += [f"epsilon {entry['epsilon']:.3f}"] if entry["epsilon"] is not None else []
     parts += [f"client {fault['client']}: {fault['reason']}" for fault in entry["faults"]]
     return "  ".join(parts)
+
+
+def _check_certificates(insecure: bool, *paths: Path | None) -> None:
+    """Warns of certificates that end soon. Raises `ConfigError` if one has ended, or is none that the other side will trust."""
+    now = datetime.now(UTC)
+    for path in paths:
+        if insecure or path is None:
+            continue
+        try:
+            faults, soon = certs.certificate_faults(path, now), certs.ending(path, now)
+        except ValueError as fault:
+            raise ConfigError(str(fault)) from fault
+        if faults:
+            raise ConfigError("\n".join(faults))
+        for text in soon:
+            print(f"fedpeft: WARNING: {text}", file=sys.stderr)
 
 
 def _say_started(names: list[str], state: Path) -> None:

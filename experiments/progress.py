@@ -99,6 +99,18 @@ def payloads(entries: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:
     return rows
 
 
+def crossed(entries: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """What crossed the clients' connections while rounds went on, against the payloads of those rounds that have the figure."""
+    rows, held = [], list(entries)
+    for way in ("up", "down"):
+        known = [entry for entry in held if entry.get(f"socket_{way}") is not None]
+        sent, whole = (sum(entry.get(f"{what}_{way}") or 0 for entry in known) for what in ("bytes", "socket"))
+        facts = [f"payload x {whole / sent:.3g}"] if sent else []
+        facts += [f"{len(known)} of {len(held)} rounds"] if len(known) < len(held) else []
+        rows.append((f"at the socket {way}", size(whole) + (f" ({', '.join(facts)})" if facts else "") if known else "not measured"))
+    return rows
+
+
 def size(count: float) -> str:
     """A number of bytes for people, in powers of 1000."""
     for unit in ("B", "kB", "MB", "GB"):

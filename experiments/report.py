@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from experiments.progress import payloads
+from experiments.progress import crossed, payloads
 from fedpeft.config import ConfigError
 from fedpeft.ledger import Ledger, write_text
 
@@ -15,7 +15,8 @@ table{border-collapse:collapse}td,th{padding:.25rem 1rem .25rem 0;text-align:lef
 td.n{text-align:right;font-variant-numeric:tabular-nums}svg{max-width:100%;height:auto}pre{background:#f4f4f4;padding:1rem;overflow:auto}"""
 PAYLOADS = (
     "Payloads: headers and data of all training messages. Raw: the same tensors as they are. Entropy: what supports and signs (or values) "
-    "need at the least, if what is sent of a tensor may lie anywhere in it."
+    "need at the least, if what is sent of a tensor may lie anywhere in it. At the socket: all that crossed the port that clients call "
+    "while rounds went on (payloads, TLS, HTTP/2, gRPC, signatures, polls), as the system counted it; a simulation has no socket."
 )
 
 
@@ -57,6 +58,7 @@ def _page(folder: Path, result: dict[str, Any], entries: list[dict[str, Any]], b
         (f"federated, adapter and head ({accuracy['measure']} model)", _percent(accuracy["final"])),
         ("trained parameters", f"{result['parameters']:,}"),
         *payloads(entries),
+        *crossed(entries),
         ("aggregation error, last round", _last_error(entries)),
         ("seconds", f"{result['seconds']:.1f}"),
         ("epsilon", "none: no differential privacy" if result["epsilon"] is None else f"{result['epsilon']:.3f}"),

@@ -90,7 +90,10 @@ def _drive(what: str, config: Config, setting: Setting, folder: Folder, watch: W
     nodes = {InProcessGrid.FIRST + client: client for client in range(config.clients)}
     with _lanes(site, folder, setting) as lanes:
         grid = InProcessGrid(serve(site, nodes, lanes), config.clients)
-        steps: Generator[dict[str, Any], None, Outcome] = federate(config, setting, grid, folder, look=site.examined, canaries=canaries)
+        accounts = None if site.budget is None else site.budget.spent
+        steps: Generator[dict[str, Any], None, Outcome] = federate(
+            config, setting, grid, folder, look=site.examined, canaries=canaries, accounts=accounts
+        )
         while True:
             try:
                 watch(what, config, next(steps))

@@ -149,7 +149,7 @@ def faults_of(path: Path, now: datetime) -> list[str]:
             redo = "`fedpeft certs client --force` makes a new pair"
             return _strangers(path, read_public_key(path), path.with_suffix(""), redo)
         if path.name in (CA, SERVER):
-            return certificate_faults(path, now)
+            return certificate_faults(path, now) + ending(path, now)
         read_private_key(path)
     except ValueError as fault:
         return [str(fault)]
@@ -157,22 +157,33 @@ def faults_of(path: Path, now: datetime) -> list[str]:
 
 
 def certificate_faults(path: Path, now: datetime) -> list[str]:
-    """What is wrong with a certificate: that it has ended or will soon, that its key or its authority, which lie beside it, are others."""
+    """What is wrong with a certificate: that it has ended, that its key or its authority, which lie beside it, are others."""
     certificate = read_certificate(path)
     ends, authority = certificate.not_valid_after_utc, path.with_name(CA)
     signs_itself = certificate.issuer == certificate.subject
-    redo = NEW_AUTHORITY if signs_itself else "`fedpeft certs renew` makes a new one"
+    redo = _redo(certificate)
     found = _strangers(path, certificate.public_key(), path.with_suffix(".key"), redo)
     if ends <= now:
         found.append(f"{path} ended on {ends:%Y-%m-%d}, connections are refused: {redo}")
-    elif ends < now + timedelta(days=SOON):
-        found.append(f"{path} ends in {(ends - now).days} days, on {ends:%Y-%m-%d}: {redo}")
     if not signs_itself and authority.exists():
         try:
             certificate.verify_directly_issued_by(read_certificate(authority))
         except (ValueError, TypeError, InvalidSignature):
             found.append(f"{path} was not signed by {authority}: clients that hold this ca.crt refuse the server; {redo}")
     return found
+
+
+def ending(path: Path, now: datetime) -> list[str]:
+    """That a certificate which still holds will end soon."""
+    certificate = read_certificate(path)
+    ends = certificate.not_valid_after_utc
+    if not now < ends < now + timedelta(days=SOON):
+        return []
+    return [f"{path} ends in {(ends - now).days} days, on {ends:%Y-%m-%d}: {_redo(certificate)}"]
+
+
+def _redo(certificate: x509.Certificate) -> str:
+    return NEW_AUTHORITY if certificate.issuer == certificate.subject else "`fedpeft certs renew` makes a new one"
 
 
 def _strangers(path: Path, public: object, private: Path, redo: str) -> list[str]:

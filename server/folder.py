@@ -1,11 +1,13 @@
 """A run's folder: config, manifest, ledger, checkpoints, adapter. What is written once is written whole."""
 
+import fcntl
 import json
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -88,6 +90,21 @@ def reopen(path: Path) -> tuple[Folder, Config]:
             f"{path / 'config.yaml'} differs from what its overrides mean today; resume with the version of fedpeft that began the run"
         )
     return folder, config
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Nobody else writes into the run's folder meanwhile; `ConfigError` if somebody does. A process that is killed lets go of it."""
+    path.mkdir(parents=True, exist_ok=True)
+    lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(f"{path}: this run goes on in another process; follow it there, or end that before you resume it") from None
+        yield
+    finally:
+        os.close(lock)
 
 
 def versions() -> dict[str, str | None]:

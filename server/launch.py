@@ -30,9 +30,11 @@ from fedpeft.deployment import (
 )
 from fedpeft.ledger import write_text
 from fedpeft.processes import Processes
+from server.sockets import FLEET_PORT
 
 POLL = 0.25  # seconds between two looks for a run to start; Flower's own is 1
 READY = 60.0  # seconds until the SuperLink listens
+FREED = 5.0  # seconds until the port of one that was killed is free
 LINK = "local"  # what Flower's command line calls this SuperLink
 
 
@@ -80,7 +82,9 @@ def up(server: ServerFile) -> list[str]:
     started = []
     if not (state / "superlink.db").exists():
         (state / "registered.txt").unlink(missing_ok=True)
-    if processes.start("superlink", superlink(server, secret), variables):
+    if processes.running("superlink") is None:
+        _check_free(server)
+        processes.start("superlink", superlink(server, secret), variables)
         started.append("superlink")
     _wait(processes, server)
     if processes.start("superexec", superexec(server, secret), variables):
@@ -138,10 +142,10 @@ def submit(server: ServerFile, words: Sequence[str]) -> int:
     return int(found["run-id"])
 
 
-def state_of(server: ServerFile, run: int) -> str:
-    """What Flower says of a run: pending, starting, running, finished:completed, finished:failed, finished:stopped."""
-    found = _flwr(server, "list", LINK, "--run-id", str(run), "--format", "json")
-    return str(found["runs"][0]["status"])
+def state_of(server: ServerFile, run: int) -> tuple[str, str]:
+    """What Flower says of a run, and why: pending, starting, running, finished:completed, finished:failed, finished:stopped."""
+    found = _flwr(server, "list", LINK, "--run-id", str(run), "--format", "json")["runs"][0]
+    return str(found["status"]), str(found.get("status-details") or "").removeprefix("ServerApp failed with exception: ")
 
 
 def nodes(server: ServerFile) -> list[dict[str, Any]]:
@@ -183,7 +187,7 @@ def _flwr(server: ServerFile, *words: str) -> dict[str, Any]:
 
 
 def _environment(server: ServerFile) -> Mapping[str, str]:
-    return environment(server.state, poll=POLL)
+    return environment(server.state, poll=POLL) | {FLEET_PORT: str(host_and_port(server.fleet, "fleet")[1])}
 
 
 def _connection(server: ServerFile) -> str:
@@ -191,11 +195,34 @@ def _connection(server: ServerFile) -> str:
     return f'[superlink]\ndefault = "{LINK}"\n[superlink.{LINK}]\naddress = "{server.control}"\n{trust}\n'
 
 
-def _wait(processes: Processes, server: ServerFile) -> None:
-    until = time.monotonic() + READY
+def _addresses(server: ServerFile) -> list[tuple[str, str, int]]:
+    """(field, host to call from here, port) of what the SuperLink listens at."""
+    made = []
     for where, address in (("control", server.control), ("fleet", server.fleet)):
         host, port = host_and_port(address, where)
-        while not _listens("127.0.0.1" if host in ("0.0.0.0", "::") else host, port):
+        made.append((where, "127.0.0.1" if host in ("0.0.0.0", "::") else host, port))
+    return made
+
+
+def _check_free(server: ServerFile) -> None:
+    """Raises `ConfigError` if somebody else listens: who takes it for the SuperLink would hand it a run, or wait for clients in vain."""
+    until = time.monotonic() + FREED
+    for where, host, port in _addresses(server):
+        while _listens(host, port):
+            if time.monotonic() < until:
+                time.sleep(0.05)
+                continue
+            raise ConfigError(
+                f"{where}: another process listens at {host}:{port} already, such as a SuperLink of another server.yaml; end it, or choose "
+                "another port"
+            )
+
+
+def _wait(processes: Processes, server: ServerFile) -> None:
+    until = time.monotonic() + READY
+    for where, host, port in _addresses(server):
+        address = getattr(server, where)
+        while not _listens(host, port):
             if processes.running("superlink") is None:
                 raise ConfigError(f"the SuperLink ended: {processes.last_words('superlink')}")
             if time.monotonic() > until:

@@ -3,6 +3,7 @@
 A SuperNode itself looks for messages every 3 s and for its ClientApp's reply every 0.5 s, which nothing in Flower 1.39 changes.
 """
 
+import math
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 SOONEST, LATEST = 0.25, 3.0  # seconds between two looks, each some milliseconds of the SuperLink
+AT_ONCE = 64_000_000  # bytes; a look at one more message costs some milliseconds
 SHARE = 0.02  # of the time that has passed: a round of minutes need not be looked for four times a second
 
 
@@ -47,14 +49,33 @@ class Prompt(Grid):
         return self.grid.pull_messages(message_ids)
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
-        """Replies as they come; those that come later than `timeout` seconds do not."""
-        began = time.monotonic()
-        waiting = {message_id for message_id in self.grid.push_messages(messages) if message_id}
+        """Replies as they come; those that are not there after `timeout` seconds do not.
+
+        Flower's grid has all replies of one look in memory before it gives the first, so that no more are asked for at once than hold
+        `AT_ONCE` bytes, if each is as large as the largest yet, or as what was sent.
+        """
+        began, sent = time.monotonic(), list(messages)
+        waiting = {message_id for message_id in self.grid.push_messages(sent) if message_id}
+        largest = max((_size(message) for message in sent), default=0)
         while waiting:
-            for reply in self.grid.pull_messages(list(waiting)):
-                waiting.discard(reply.metadata.reply_to_message_id)
-                yield reply
-            if timeout is not None and time.monotonic() - began > timeout:
+            last = timeout is not None and time.monotonic() - began >= timeout
+            asked = sorted(waiting)
+            while asked:
+                some = max(1, AT_ONCE // max(largest, 1))
+                for reply in self.grid.pull_messages(asked[:some]):
+                    waiting.discard(reply.metadata.reply_to_message_id)
+                    largest = max(largest, _size(reply))
+                    yield reply
+                del asked[:some]
+            if last:
                 return
+            passed = time.monotonic() - began
             if waiting:
-                time.sleep(min(max(SOONEST, SHARE * (time.monotonic() - began)), LATEST))
+                time.sleep(max(0.0, min(max(SOONEST, SHARE * passed), LATEST, math.inf if timeout is None else timeout - passed)))
+
+
+def _size(message: Message) -> int:
+    """Bytes of a message's arrays."""
+    if message.has_error():
+        return 0
+    return sum(len(array.data) for record in message.content.array_records.values() for array in record.values())

@@ -1,11 +1,13 @@
 """What both files of a deployment have in common."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from fedpeft.config import ConfigError
-from fedpeft.deployment import environment, host_and_port, is_loopback, state_folder
+from fedpeft.deployment import PIECES, environment, host_and_port, is_loopback, state_folder
 
 
 @pytest.mark.fast
@@ -38,3 +40,15 @@ def test_flower_keeps_its_files_there_and_tells_nobody(tmp_path: Path) -> None:
     assert variables["FLWR_HOME"] == str(tmp_path / "flwr")
     assert variables["FLWR_TELEMETRY_ENABLED"] == "0"
     assert 0.01 <= float(variables["FLWR_SUPEREXEC_TASK_POLL_INTERVAL"]) <= 60  # what Flower takes
+
+
+@pytest.mark.fast
+def test_messages_go_in_small_pieces_unless_the_operator_says_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in PIECES:
+        monkeypatch.delenv(name, raising=False)
+    asks = "from flwr.common.constant import *; from flwr.supercore.constant import *; print({})".format(", ".join(sorted(PIECES)))
+    said = subprocess.run([sys.executable, "-c", asks], env=environment(tmp_path, poll=0.1), capture_output=True, text=True, check=True)
+    assert said.stdout.split() == [PIECES[name] for name in sorted(PIECES)], "Flower has these settings no more"
+    for name in PIECES:
+        monkeypatch.setenv(name, "7")
+    assert [environment(tmp_path, poll=0.1)[name] for name in PIECES] == ["7"] * len(PIECES)

@@ -1,198 +1,68 @@
-"""What a message costs a deployed client beyond its training: the ClientApp process that Flower starts for it, and the time it waits.
+"""What a deployed federation costs beyond its training, on this machine alone: everything is started, measured, and ended.
 
-One run of a SuperLink with two SuperNodes on loopback: one hands its messages to a worker (which echoes) as `fedpeft client up` does, the
-other runs an echo app of four lines as Flower does. Both get the same message in each turn; the CPU seconds of each process are those that
-the system counted.
+    python -m experiments.benchmarks.deployment messages    CPU and memory of the process that answers one message, against an echo app
+    python -m experiments.benchmarks.deployment rounds      seconds of a round beyond its compute, against Flower's floor
+    python -m experiments.benchmarks.deployment payload     40 MB each way to 8 clients: memory, seconds, bytes at the socket
 
-    python -m experiments.benchmarks.deployment [--messages 6] [--json]
+Words after the options are overrides as `fedpeft run` takes them: `rounds --turns 7 codec=ternary`. The tables are markdown; under each
+stand versions, machine and load average, for a busy machine makes other numbers. `COMMAND --help` says how each is measured. `messages`
+takes a minute, `rounds` half a minute a turn, `payload` a minute a round.
 """
 
 import argparse
+import dataclasses
 import json
-import os
-import shlex
-import socket
-import statistics
-import subprocess
-import sys
 import tempfile
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from clients import frames
-from clients.launch import free_port, own_code
-from fedpeft.deployment import environment, program, state_folder
-
-PROJECT = """
-[project]
-name = "echo"
-version = "1.0.0"
-description = ""
-license = "Apache-2.0"
-dependencies = []
-[tool.flwr.app]
-publisher = "fedpeft"
-[tool.flwr.app.components]
-serverapp = "at_server:app"
-clientapp = "at_client:app"
-[tool.flwr.app.config]
-overrides = ""
-messages = 1
-payload = 1
-"""
-AT_CLIENT = """
-from flwr.app import Message
-from flwr.clientapp import ClientApp
-app = ClientApp()
-
-@app.train()
-def echo(message, context):
-    return Message(message.content, reply_to=message)
-"""
-AT_SERVER = """
-import time
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
-from flwr.serverapp import ServerApp
-app = ServerApp()
-
-@app.main()
-def main(grid, context):
-    size = context.run_config["payload"]
-    while len(nodes := sorted(grid.get_node_ids())) < 2:
-        time.sleep(0.2)
-    for turn in range(context.run_config["messages"]):
-        array = Array("uint8", (size,), "fedpeft.payload", bytes(size))
-        content = RecordDict({"payload": ArrayRecord({"data": array}), "facts": ConfigRecord({"header": "[]", "turn": turn})})
-        list(grid.send_and_receive([Message(content, node, "train", group_id=str(turn)) for node in nodes]))
-"""
-# In the place of a command: runs it, and notes the CPU seconds that the system counted for it alone.
-TIMED = """
-import json, os, sys, time
-file, *command = sys.argv[1:]
-began = time.monotonic()
-pid = os.posix_spawn(command[0], command, os.environ)
-_, status, usage = os.wait4(pid, 0)
-with open(file, "a") as out:
-    out.write(json.dumps({"cpu": usage.ru_utime + usage.ru_stime, "seconds": time.monotonic() - began, "rss": usage.ru_maxrss}) + "\\n")
-"""
+from experiments.benchmarks import messages, payload, rounds
+from experiments.benchmarks.loopback import machine
 
 
-def measure(folder: Path, *, messages: int, payload: int) -> dict[str, list[dict[str, float]]]:
-    """CPU seconds, seconds and peak memory (kB) of every process, by who answered."""
-    app = folder / "app"
-    app.mkdir()
-    for name, text in (("pyproject.toml", PROJECT), ("at_client.py", AT_CLIENT), ("at_server.py", AT_SERVER)):
-        (app / name).write_text(text)
-    fleet, control, path = free_port(), free_port(), folder / "worker.sock"
-    state = state_folder(folder / "superlink")
-    (state / "flwr" / "config.toml").write_text(
-        f'[superlink]\ndefault = "local"\n[superlink.local]\naddress = "127.0.0.1:{control}"\ninsecure = true\n'
+def main() -> None:
+    chosen = _parser().parse_args()
+    overrides = [f"seed={chosen.seed}", *chosen.overrides]
+    found: Any
+    with tempfile.TemporaryDirectory(prefix="fp") as place:  # a short name: sockets lie in it
+        folder = Path(place).resolve()
+        before = machine()
+        if chosen.command == "messages":
+            found = messages.measure(folder, messages=chosen.messages, payload=chosen.payload)
+            text = messages.table(found)
+        elif chosen.command == "rounds":
+            found = rounds.measure(folder, turns=chosen.turns, clients=chosen.clients, overrides=overrides)
+            text = rounds.table(found)
+        else:
+            peaks, entries = payload.measure(folder, clients=chosen.clients, rounds=chosen.rounds, overrides=overrides)
+            found, text = {"peaks": dataclasses.asdict(peaks), "ledger": entries}, payload.table(peaks, entries)
+    said = f"seed {chosen.seed}, overrides {' '.join(chosen.overrides) or 'none'}; before: {before}; after: {machine().rpartition('; ')[2]}"
+    print(json.dumps(found) if chosen.json else f"{text}\n\n{said}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    whole = argparse.ArgumentParser(
+        prog="python -m experiments.benchmarks.deployment", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    link = [program("flower-superlink"), "--insecure", "--fleet-api-address", f"127.0.0.1:{fleet}", "--port", str(control),
-            "--disable-runtime-dependency-installation"]  # fmt: skip
-    nodes = {"forwarder": f'worker="{path}"', "echo app": "plain=1"}
-    with _echoing(path), _running(link, environment(state, poll=0.1), folder / "superlink.log"):
-        _until(lambda: _listens(control) and _listens(fleet))
-        started = []
-        try:
-            for index, (name, more) in enumerate(nodes.items()):
-                own = state_folder(folder / name.replace(" ", "-"))
-                variables = environment(own, poll=0.1)
-                real = str(own_code(own) / "flwr-clientapp") if name == "forwarder" else program("flwr-clientapp")
-                variables["PATH"] = f"{_timed(own, real)}{os.pathsep}{variables['PATH']}"
-                command = [program("flower-supernode"), "--insecure", "--superlink", f"127.0.0.1:{fleet}", "--port", str(free_port()),
-                           "--node-config", f"partition-id={index} {more}"]  # fmt: skip
-                started.append(_running(command, variables, own / "supernode.log"))
-                started[-1].__enter__()
-            config = f"messages={messages} payload={payload}"
-            subprocess.run([program("flwr"), "run", str(app), "local", "--run-config", config], cwd=state, check=True,
-                           env=environment(state, poll=0.1), stdout=subprocess.DEVNULL)  # fmt: skip
-            files = {name: folder / name.replace(" ", "-") / "times.jsonl" for name in nodes}
-            _until(lambda: all(len(_lines(file)) >= messages for file in files.values()), seconds=60 + 30 * messages)
-            return {name: _lines(file) for name, file in files.items()}
-        finally:
-            for one in started:
-                one.__exit__(None, None, None)
-
-
-def _timed(folder: Path, real: str) -> Path:
-    place = folder / "timed"
-    place.mkdir()
-    words = " ".join(map(shlex.quote, (sys.executable, "-S", "-c", TIMED, str(folder / "times.jsonl"), real)))
-    (place / "flwr-clientapp").write_text(f'#!/bin/sh\nexec {words} "$@"\n')
-    (place / "flwr-clientapp").chmod(0o700)
-    return place
-
-
-@contextmanager
-def _running(command: list[str], variables: Mapping[str, str], log: Path) -> Iterator[None]:
-    with log.open("w") as out, subprocess.Popen(command, cwd=log.parent, env=dict(variables), stdout=out, stderr=out) as process:
-        try:
-            yield
-        finally:
-            process.terminate()
-            process.wait(30)
-
-
-@contextmanager
-def _echoing(path: Path) -> Iterator[None]:
-    """A worker that gives back what it gets."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as door:
-        door.bind(str(path))
-        door.listen(4)
-
-        def serve() -> None:
-            while True:
-                try:
-                    link, _ = door.accept()
-                except OSError:
-                    return
-                with link:
-                    head, payload = frames.receive(link)
-                    frames.send(link, {"facts": head["facts"]}, payload)
-
-        threading.Thread(target=serve, daemon=True).start()
-        yield
-        door.shutdown(socket.SHUT_RDWR)
-
-
-def _until(true: Callable[[], bool], seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        if time.monotonic() > end:
-            raise OSError(f"waited {seconds:.0f} s in vain; the logs of the SuperLink and the SuperNodes say why")
-        time.sleep(0.1)
-
-
-def _listens(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-def _lines(file: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-
-def table(found: Mapping[str, list[dict[str, float]]]) -> str:
-    """Medians, and the range of the ratios of the two of one turn. A process stays a while after it has answered."""
-    rows = ["| process | CPU s a message | s until it was gone | peak MB |", "|---|---|---|---|"]
-    for name, lines in found.items():
-        cpu, wall, peak = (statistics.median(line[key] for line in lines) for key in ("cpu", "seconds", "rss"))
-        rows.append(f"| {name} | {cpu:.2f} | {wall:.2f} | {peak / 1024:.0f} |")
-    ratios = sorted(a["cpu"] / b["cpu"] for a, b in zip(found["forwarder"], found["echo app"], strict=False))
-    rows.append(f"\nforwarder / echo app, CPU: median {statistics.median(ratios):.2f} [{ratios[0]:.2f}, {ratios[-1]:.2f}] of {len(ratios)}")
-    return "\n".join(rows)
+    commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    made = {
+        name: commands.add_parser(
+            name, description=doc, help=(doc or "").partition("\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        for name, doc in (("messages", messages.__doc__), ("rounds", rounds.__doc__), ("payload", payload.__doc__))
+    }
+    made["messages"].add_argument("--messages", type=int, default=6, help="to each")
+    made["messages"].add_argument("--payload", type=int, default=400_000, help="bytes, of a small adapter")
+    made["rounds"].add_argument("--turns", type=int, default=7, help="of two echoes of each kind and two rounds")
+    made["rounds"].add_argument("--clients", type=int, default=1, help="and as many echo apps of each kind")
+    made["payload"].add_argument("--clients", type=int, default=8)
+    made["payload"].add_argument("--rounds", type=int, default=3)
+    for one in made.values():
+        one.add_argument("--seed", type=int, default=0)
+        one.add_argument("--json", action="store_true", help="everything that was measured, as one JSON value")
+        one.add_argument("overrides", nargs="*", default=[], help="key=value of the run")
+    return whole
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--messages", type=int, default=6, help="to each")
-    parser.add_argument("--payload", type=int, default=400_000, help="bytes, of a small adapter")
-    parser.add_argument("--json", action="store_true")
-    arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as place:
-        made = measure(Path(place), messages=arguments.messages, payload=arguments.payload)
-    print(json.dumps(made) if arguments.json else table(made))
+    main()

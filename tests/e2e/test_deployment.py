@@ -104,11 +104,17 @@ def test_a_deployed_run_gives_the_adapter_of_fedpeft_run_though_a_worker_is_kill
         assert following.wait(300) == 0, said
     (there,) = federation.runs.iterdir()
     assert (there / ADAPTER).read_bytes() == (own / ADAPTER).read_bytes()
-    assert [json.loads(line)["answers"] for line in (there / "ledger.jsonl").read_text().splitlines()] == [CLIENTS] * 3
+    entries = [json.loads(line) for line in (there / "ledger.jsonl").read_text().splitlines()]
+    assert [entry["answers"] for entry in entries] == [CLIENTS] * 3
+    for entry in entries:  # about 14 kB of calls and signatures go up for each message, and 1 kB for each poll of a longer round
+        for way in ("up", "down"):
+            assert entry[f"bytes_{way}"] < entry[f"socket_{way}"] < 1.2 * entry[f"bytes_{way}"] + 100_000 * CLIENTS, entry
+    assert any(line.startswith("at the socket up") and "payload x" in line for line in said), said
+    assert "at the socket down" in (there / "report.html").read_text()
 
     told = json.loads(federation.call("status", "-c", "server.yaml", "--json"))
     assert (told["nodes"], told["clients"], told["round"], told["epsilon"]) == (CLIENTS, CLIENTS, 3, None)
-    assert told["bytes_up"] > 0
+    assert told["socket_up"] == sum(entry["socket_up"] for entry in entries) > told["bytes_up"] > 0
     site = json.loads(federation.call("status", "-c", federation.site(0), "--json"))
     assert (site["messages"], site["round"], site["fault"]) == (4, 2, None)
     assert not (federation.state(0) / "flwr" / "apps").exists(), "a site runs its own code, not what came with the run"

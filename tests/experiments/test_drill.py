@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from experiments import cli, drill
-from experiments.drill import CLIENTS, DRILLS, Drill, Event, Ran, Runner, Simulation, play
+from experiments import cli
+from experiments.drill import table
+from experiments.drill.declared import DEPLOYED, DRILLS
+from experiments.drill.event import CLIENTS, Drill, Event, Ran, Runner, play
+from experiments.drill.simulation import Simulation
 from fedpeft.config import ConfigError, app_folder
 
 BY_NAME = {one.name: one for one in DRILLS}
@@ -95,20 +98,20 @@ def test_each_way_to_differ_from_what_was_declared_is_told(one: Drill, ran: Ran,
 
 @pytest.mark.fast
 def test_a_drill_that_differs_gives_exit_code_1_and_says_so_in_its_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(drill, "DRILLS", (LEFT_OUT, UNHURT))
-    monkeypatch.setattr(drill, "Simulation", lambda folder: made_up(WHOLE))
+    monkeypatch.setattr(table, "DRILLS", (LEFT_OUT, UNHURT))
+    monkeypatch.setattr(table, "Simulation", lambda folder: made_up(WHOLE))
     lines: list[str] = []
-    assert drill.drill([], lines.append) == 1
+    assert table.drill([], lines.append) == 1
     assert "differs: faults at (round, client) []" in lines[2]
     assert lines[3].endswith("| as declared |")
-    assert drill.drill(["two"], lines.append) == 0
+    assert table.drill(["two"], lines.append) == 0
     assert {line.count("|") for line in lines} == {7}
 
 
 @pytest.mark.fast
 def test_a_name_that_is_no_drill_is_told_those_there_are() -> None:
     with pytest.raises(ConfigError, match="flood: there is no such drill; there are raises, killed"):
-        drill.drill(["flood"])
+        table.drill(["flood"])
 
 
 def test_the_command_prints_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -122,14 +125,17 @@ def test_the_command_prints_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 @pytest.mark.fast
 def test_the_document_holds_every_drill_as_it_is_declared_today() -> None:
     page = Path(app_folder() / "docs" / "drills.md").read_text()
-    for one in DRILLS:
-        assert f"| {one.name} | {one.done} | {one.declared} | " in page, one.name
+    simulated, deployed = page.split("## On real processes")
+    for part, drills in ((simulated, DRILLS), (deployed, DEPLOYED)):
+        for one in drills:
+            assert f"| {one.name} | {one.done} | {one.declared} | " in part, one.name
     assert "differs:" not in page
 
 
 @pytest.mark.fast
 def test_a_drill_is_of_a_round_and_of_clients_that_there_are() -> None:
-    assert len({one.name for one in DRILLS}) == len(DRILLS)
-    for one in DRILLS:
+    for drills in (DRILLS, DEPLOYED):
+        assert len({one.name for one in drills}) == len(drills)
+    for one in (*DRILLS, *DEPLOYED):
         assert set(one.event.clients) < set(range(CLIENTS))
         assert 0 not in one.event.rounds  # a round before it is needed: for what is held, kept and stale

@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments.progress import payloads
+from experiments.progress import crossed, payloads
 
 pytestmark = pytest.mark.fast
 ROUND = {"bytes_up": 100, "bytes_raw_up": 2000, "bytes_down": 400, "bytes_raw_down": 800, "entropy_up": 80}
@@ -25,3 +25,20 @@ def test_what_has_no_bound_or_was_not_sent_is_held_against_nothing():
 
 def test_a_ledger_from_before_there_were_such_figures_is_read():
     assert payloads([{"bytes_up": 5, "bytes_down": 6}]) == [("payloads up", "5 B"), ("payloads down", "6 B")]
+
+
+def test_what_crossed_the_socket_is_held_against_the_payloads_of_the_rounds_that_were_measured():
+    measured, not_measured = ROUND | {"socket_up": 150, "socket_down": 500}, ROUND | {"socket_up": None, "socket_down": None}
+    assert crossed([measured, measured]) == [
+        ("at the socket up", "300 B (payload x 1.5)"),
+        ("at the socket down", "1.0 kB (payload x 1.25)"),
+    ]
+    assert crossed([measured, not_measured])[0] == ("at the socket up", "150 B (payload x 1.5, 1 of 2 rounds)")
+
+
+def test_what_was_not_measured_at_the_socket_is_no_number():
+    assert crossed([ROUND | {"socket_up": None, "socket_down": None}]) == [
+        ("at the socket up", "not measured"),
+        ("at the socket down", "not measured"),
+    ]
+    assert crossed([ROUND]) == crossed([]) == [("at the socket up", "not measured"), ("at the socket down", "not measured")]

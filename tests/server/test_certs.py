@@ -21,8 +21,8 @@ from server.certs import (
     CA_KEY,
     SERVER,
     SERVER_KEY,
-    certificate_faults,
     create,
+    ending,
     faults_of,
     hosts_of,
     make_client,
@@ -222,7 +222,7 @@ def test_an_authority_that_has_ended_renews_nothing(tmp_path: Path) -> None:
 def test_a_certificate_is_warned_of_for_its_last_thirty_days(tmp_path: Path) -> None:
     create(tmp_path, ["localhost"], now=NOW, days=100)
     assert faults_of(tmp_path / SERVER, NOW + 69 * DAY) == []
-    (fault,) = certificate_faults(tmp_path / SERVER, NOW + 71 * DAY)
+    (fault,) = ending(tmp_path / SERVER, NOW + 71 * DAY)
     assert f"ends in 29 days, on {NOW + 100 * DAY:%Y-%m-%d}: `fedpeft certs renew`" in fault
 
 

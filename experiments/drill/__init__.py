@@ -1,0 +1,1 @@
+"""`fedpeft drill`: a small federation in which one thing breaks, and whether what follows is what was declared."""
