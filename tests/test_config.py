@@ -175,6 +175,26 @@ def test_overrides_go_together(overrides, read, value):
     assert read(load(overrides)) == value
 
 
+@pytest.mark.parametrize(
+    ("overrides", "codec"),
+    [
+        ([], "raw"),
+        (["data=banking77"], "ternary"),
+        (["data=files", "codec.density=0.1"], "ternary"),  # also for fields of it
+        (["data=banking77", "codec=raw"], "raw"),
+        (["codec=half", "data=sick"], "half"),
+        (["data=files", "data.task=language", "data.label=null"], "raw"),
+        (["data=tinyshakespeare"], "raw"),
+        (["data=banking77", "privacy=client"], "raw"),
+        (["data=banking77", "privacy=none"], "ternary"),
+    ],
+)
+def test_texts_are_ternary_unless_the_run_is_private_or_says_another_codec(overrides, codec):
+    config = load(overrides)
+    assert config.choices["codec"] == codec
+    assert config.codec["_target_"].lower().endswith(codec)
+
+
 # Faults
 
 NO_KEYS = [

@@ -34,10 +34,10 @@ def compared(folder: Path, clients: int, steps: int, batch: int, cores: int, tur
                 seen[how].append(job([sys.executable, "-m", "experiments.benchmarks.engine_ray", str(small), how, *numbers]))
             run = Path(place) / f"run{turn}"
             ours = [
-                sys.executable, "-c", "from fedpeft.cli import main; main()", "run", "model=minilm", "data=banking77", f"data.path={small}",
-                "data.partition.scheme=iid", "adapter.targets=[query,value]", f"clients={clients}", f"cohort={clients}", f"rounds={ROUNDS}",
-                f"train.steps={steps}", f"train.batch={batch}", "evaluate.every=1000", "evaluate.head_only=false",
-                f"run.dir={run}", f"engine.lanes={cores}", "--quiet",
+                sys.executable, "-c", "from fedpeft.cli import main; main()", "run", "model=minilm", "data=banking77", "codec=raw",
+                f"data.path={small}", "data.partition.scheme=iid", "adapter.targets=[query,value]",
+                f"clients={clients}", f"cohort={clients}", f"rounds={ROUNDS}", f"train.steps={steps}", f"train.batch={batch}",
+                "evaluate.every=1000", "evaluate.head_only=false", f"run.dir={run}", f"engine.lanes={cores}", "--quiet",
             ]  # fmt: skip
             whole = job(ours)["job"]
             rounds = [json.loads(line)["round_seconds"] for line in (run / "ledger.jsonl").read_text().splitlines()]

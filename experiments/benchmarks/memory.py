@@ -28,7 +28,7 @@ def main() -> None:
     cohort = chosen.cohort or chosen.clients
     with tempfile.TemporaryDirectory() as place:
         command = [
-            sys.executable, "-c", "from fedpeft.cli import main; main()", "run", "model=minilm", "data=banking77",
+            sys.executable, "-c", "from fedpeft.cli import main; main()", "run", "model=minilm", "data=banking77", "codec=raw",
             f"data.path={chosen.data}", "data.partition.scheme=iid", "adapter.targets=[query,value]", f"strategy={chosen.strategy}",
             f"clients={chosen.clients}", f"cohort={cohort}", f"rounds={chosen.rounds}", "train.steps=1", "train.batch=2",
             "evaluate.every=1000", "evaluate.head_only=false", f"run.dir={place}/run", "--json",
