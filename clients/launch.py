@@ -3,6 +3,7 @@
 Nothing listens for other machines.
 """
 
+import logging
 import os
 import re
 import shlex
@@ -21,9 +22,14 @@ from fedpeft.processes import Processes
 
 LONGEST = 100  # letters of a unix socket's path; the system takes 107
 POLL = 0.1  # seconds between two looks for a message to start a ClientApp for; Flower's own is 1
-READY = 120.0  # seconds until the worker listens
+READY = 120.0  # seconds until the worker listens, and until the SuperNode has called the server
+MISSED = 75.0  # seconds after which a server has missed a killed SuperNode, twice Flower's heartbeat and some, and lets its key in again
+AGAIN = 3.0  # seconds between two tries
 REFUSED = ("flwr-agentapp", "flwr-connector", "flwr-model", "flwr-serverapp", "flwr-simulation")  # of Flower's task types
 OWN = ("data", "model", "engine", "run")  # families whose fields a site may set for itself
+
+
+log = logging.getLogger("fedpeft")
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,9 @@ def read(path: Path, *, insecure: bool = False) -> SiteFile:
 
 
 def up(path: Path, site: SiteFile) -> list[str]:
-    """Starts what does not run; gives the names of what it started. Raises `ConfigError` if the worker cannot begin."""
+    """Starts what does not run; gives the names of what it started. Raises `ConfigError` if the worker cannot begin, or the server does not
+    let the SuperNode in; one that was killed is kept out until the server has missed it, for about a minute.
+    """
     state = state_folder(site.state)
     processes, variables = Processes(state), environment(state, poll=POLL)
     variables["PATH"] = f"{own_code(state)}{os.pathsep}{variables['PATH']}"
@@ -89,8 +97,18 @@ def up(path: Path, site: SiteFile) -> list[str]:
     if processes.start("worker", command + ["--insecure"] * site.insecure, variables):
         started.append("worker")
         _wait(processes, site.socket)
-    if processes.start("supernode", supernode(site), variables):
-        started.append("supernode")
+    until = time.monotonic() + (MISSED if processes.died("supernode") else 0.0)
+    before = len(processes.said("supernode"))
+    while processes.start("supernode", supernode(site), variables):
+        if not _ended(processes, before):
+            started.append("supernode")
+            break
+        if time.monotonic() > until:
+            raise ConfigError(
+                f"the SuperNode ended: {processes.last_words('supernode')}\nIf it was not let in: is its key registered at the server?"
+            )
+        log.warning("the server still waits for the SuperNode that was killed, and lets it in within a minute")
+        time.sleep(AGAIN)
     return started
 
 
@@ -124,6 +142,16 @@ def own_code(state: Path) -> Path:
         command.with_name(name).write_text(f'#!/bin/sh\necho "{name}: this site runs nothing but its own ClientApp" >&2\nexit 1\n')
         command.with_name(name).chmod(0o700)
     return command.parent
+
+
+def _ended(processes: Processes, before: int) -> bool:
+    """Waits until the SuperNode is let in, or calls a server that is not there; True if it ended. `before`: bytes of its log so far."""
+    until = time.monotonic() + READY
+    while processes.running("supernode") is not None and time.monotonic() < until:
+        if re.search(rb"SuperNode ID:|retrying", processes.said("supernode", before)):
+            return False
+        time.sleep(0.1)
+    return processes.running("supernode") is None
 
 
 def _wait(processes: Processes, path: Path) -> None:

@@ -9,16 +9,16 @@ import importlib
 import inspect
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from fedpeft.casts import alike, cast
 from fedpeft.devices import devices
 
 FAMILIES = ("strategy", "adapter", "model", "data", "codec", "downlink", "privacy", "select", "mean")
 PACKAGES = ("fedpeft", "strategies")  # what a preset's _target_ may name
 Spec = Mapping[str, Any]
-WORDS: Mapping[type, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
 
 
 class ConfigError(ValueError):
@@ -326,54 +326,16 @@ def _typed(plain: Spec, usual: Spec, choices: Mapping[str, str], faults: list[st
     """The config. A value of a wrong type is a fault, and the usual one takes its place so that all others can be checked too."""
     parts = {"run": Run, "train": Training, "evaluate": Evaluation, "engine": Options}
     made: dict[str, Any] = {}
-    for name, value in _alike(plain, usual, "", faults).items():
+    for name, value in alike(plain, usual, "", faults).items():
         if name in parts:
-            made[name] = parts[name](**{k: _cast(parts[name], k, v, usual[name][k], f"{name}.{k}", faults) for k, v in value.items()})
+            made[name] = parts[name](**{k: cast(parts[name], k, v, usual[name][k], f"{name}.{k}", faults) for k, v in value.items()})
         elif name == "devices":
             made[name] = value
         elif name in FAMILIES:
-            made[name] = _alike(value, usual[name], f"{name}.", faults)
+            made[name] = alike(value, usual[name], f"{name}.", faults)
         else:
-            made[name] = _cast(Config, name, value, usual[name], name, faults)
+            made[name] = cast(Config, name, value, usual[name], name, faults)
     return Config(**made, choices={family: choices[family] for family in FAMILIES})
-
-
-def _alike(plain: Spec, usual: Spec, at: str, faults: list[str]) -> dict[str, Any]:
-    """`plain`, in which fields stay fields, and inside a preset (where no dataclass knows the types) numbers and flags stay such."""
-    made = dict(plain)
-    for name, before in usual.items():
-        value, needed = plain[name], None
-        if isinstance(before, dict) and isinstance(value, dict):
-            made[name] = _alike(value, before, f"{at}{name}.", faults) if at else value
-        elif isinstance(before, dict):
-            needed = f"fields, such as {at}{name}.{next(iter(before), 'name')}=..."
-        elif at and isinstance(before, bool) and not isinstance(value, bool):
-            needed = WORDS[bool]
-        elif at and _is_number(before) and not _is_number(value):
-            needed = WORDS[float]
-        elif at and isinstance(before, int) and isinstance(value, float) and _is_number(before):
-            needed = WORDS[int]
-        if needed:
-            faults.append(f"{at}{name}={value}: needed {'are' if isinstance(before, dict) else 'is'} {needed}")
-            made[name] = before
-    return made
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _cast(cls: type, name: str, value: Any, usual: Any, shown: str, faults: list[str]) -> Any:
-    kind = next(f.type for f in fields(cls) if f.name == name)
-    kinds: tuple[type, ...] = tuple(a if isinstance(a, type) else str for a in get_args(kind)) or (
-        (kind,) if isinstance(kind, type) else (str,)
-    )
-    if float in kinds and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-        faults.append(f"{shown}={value}: needed is {' or '.join(WORDS[k] for k in kinds)}")
-        return usual
-    return value
 
 
 def _codec(tree: Any, kept: Iterable[str], groups: Iterable[str]) -> str | None:

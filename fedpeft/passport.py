@@ -30,6 +30,7 @@ ADVICE = {
     "reads": "give both the same model.id, model.revision and model.max_length, and the same transformers",
     "layout": "set the same strategy=, adapter= and adapter.rank at both, and install the same peft",
     "classes": "give both the same data.class_names, in one order",
+    "asks": "install the same fedpeft at both, with the same presets; a site's data.task decides on the codec, too",
 }
 
 
@@ -47,6 +48,7 @@ class Passport:
     rank: int = 0  # largest that is sent, or that is taken; 0: any
     examples: int = 0  # of the client, cut to a power of ten; 0: not said
     classes: str = ""  # how many the head tells apart, and a digest of their names in order
+    asks: str = ""  # what the run's words come to with the presets that are installed: the chosen ones, and a digest of all
 
     def facts(self) -> dict[str, str | int]:
         """Plain values for a message."""
@@ -65,8 +67,10 @@ class Passport:
         return found
 
 
-def passport(base: Base, starts: Mapping[str, Tensors], like: Inputs, classes: Sequence[str] = ()) -> Passport:
-    """That of a process with this base, these adapters' tensors and these classes; `like` is an input of the kind that the data have."""
+def passport(base: Base, starts: Mapping[str, Tensors], like: Inputs, classes: Sequence[str] = (), asks: str = "") -> Passport:
+    """That of a process with this base, these adapters' tensors, these classes; `like` is an input of the kind that the data have, `asks`
+    what the run's words came to.
+    """
     exact = hashlib.blake2b(digest_size=12)
     for adapter, tensors in sorted(starts.items()):
         for name, tensor in sorted(tensors.items()):
@@ -75,6 +79,7 @@ def passport(base: Base, starts: Mapping[str, Tensors], like: Inputs, classes: S
         version(), WIRE, base.fingerprint, _dtype(base), _reads(base, like), exact.hexdigest(), _modules(starts),
         max((rank_of(tensors) for tensors in starts.values()), default=0),
         classes=f"{len(classes)} named {hashlib.blake2b(json.dumps(list(classes)).encode(), digest_size=6).hexdigest()}",
+        asks=asks,
     )  # fmt: skip
 
 

@@ -32,6 +32,10 @@ class Processes:
         pid = int(noted["pid"])
         return pid if _born(pid) == noted["born"] else None
 
+    def died(self, name: str) -> bool:
+        """True if the process `name` was started here, was not stopped, and is gone."""
+        return (self.folder / f"{name}.pid").exists() and self.running(name) is None
+
     def start(self, name: str, command: Sequence[str], environment: Mapping[str, str]) -> bool:
         """Starts `command` in this folder, in a session of its own, unless it runs; True if it was started."""
         if self.running(name) is not None:
@@ -63,11 +67,18 @@ class Processes:
         """What the process wrote."""
         return self.folder / f"{name}.log"
 
+    def said(self, name: str, since: int = 0) -> bytes:
+        """What stands in its log after the first `since` bytes."""
+        try:
+            with self.log(name).open("rb") as log:
+                log.seek(since)
+                return log.read()
+        except FileNotFoundError:
+            return b""
+
     def last_words(self, name: str, lines: int = 6) -> str:
         """The end of its log, for an error message."""
-        path = self.log(name)
-        text = path.read_text(errors="replace").splitlines()[-lines:] if path.exists() else []
-        return "\n".join([f"{path} ends with", *text])
+        return "\n".join([f"{self.log(name)} ends with", *self.said(name).decode(errors="replace").splitlines()[-lines:]])
 
     def _gone(self, name: str, seconds: float) -> bool:
         until = time.monotonic() + seconds

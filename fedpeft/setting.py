@@ -1,9 +1,10 @@
 """Setting: what server and clients build alike from the same config: data, base model, adapter, and who owns which example."""
 
 import hashlib
+import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -65,7 +66,7 @@ class Setting:
 
     @cached_property
     def _alike(self) -> Passport:
-        return passport(self.base, self.starts(), self.dataset.train.inputs, self.dataset.classes)
+        return passport(self.base, self.starts(), self.dataset.train.inputs, self.dataset.classes, _asks(self.config))
 
     def passport(self, client: int) -> Passport:
         """What a client's process and the server must have alike, and the rank that `client` is sent."""
@@ -153,6 +154,15 @@ class Setting:
         for client, own in enumerate(self.split.clients):
             whole += len(own) * self.resembling(client)
         return whole / whole.sum()
+
+
+def _asks(config: Config) -> str:
+    """What the words of a run came to here, but for what may differ from host to host: the chosen presets, and a digest of all fields."""
+    hosts = ("data", "model", "engine", "run")
+    plain = {name: value for name, value in asdict(config).items() if name not in hosts}
+    plain["choices"] = chosen = {family: choice for family, choice in sorted(config.choices.items()) if family not in hosts}
+    digest = hashlib.blake2b(json.dumps(plain, sort_keys=True, default=str).encode(), digest_size=6).hexdigest()
+    return " ".join([*(f"{family}={choice}" for family, choice in chosen.items()), digest])
 
 
 def open_setting(config: Config, *, base: Base | None = None, whole: int | None = None) -> Setting:

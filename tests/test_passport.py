@@ -53,6 +53,18 @@ def test_other_classes_or_another_order_are_told_apart() -> None:
         assert re.search(r"classes: the server has 2 named \w{12}, it has \d named \w{12}; give both the same data.class_names", said)
 
 
+def test_what_the_same_words_come_to_with_other_presets_is_told_apart() -> None:
+    words = ["clients=4", "cohort=2", "model.epochs=1"]
+    server = open_setting(load([*words, "codec=ternary"]))
+    for more in (["codec=ternary"], ["codec=ternary", "engine.lanes=1", "run.keep=3"]):  # a host's own
+        assert server.passport(0).differences(open_setting(load([*words, *more])).passport(0)) == []
+    for more, shown in ((["codec=raw"], "codec=raw"), (["codec=ternary", "codec.density=0.1"], "codec=ternary")):
+        (said,) = server.passport(0).differences(open_setting(load([*words, *more])).passport(0))
+        assert said.startswith("asks: the server has adapter=lora codec=ternary ")
+        assert f"it has adapter=lora {shown}" in said
+        assert "install the same fedpeft at both" in said
+
+
 def test_a_passport_crosses_a_message_as_it_is(own: Passport) -> None:
     assert read_passport({"client": 3, "header": "[]", **own.facts()}) == own
 

@@ -30,7 +30,7 @@ from server import launch as server_side
 LONGEST = 900.0  # seconds that a drill waits for what has to come next
 PATIENT = "deadline=200"  # unless the drill is about it: on a busy machine a worker takes a minute to begin
 KILLED = "killed by signal 9"
-OUTSIDE = ("killed", "gone", "restarted", "late", "worker", "supernode", "server", "superlink", "host")  # while clients are in mid-fit
+OUTSIDE = ("killed", "gone", "late", "worker", "supernode", "server", "superlink", "host")  # while clients are in mid-fit
 
 
 @dataclass(eq=False)
@@ -76,16 +76,16 @@ class Deployed:
 
     def _prepare(self, event: Event) -> None:
         """Everything runs; the event's clients with a worker to which it happens."""
-        for client in self._odd | set(event.clients):
+        for client in self._odd | set(event.held):
             processes = self._processes(client)
             processes.stop("worker")
             (self._state(client) / HELD).unlink(missing_ok=True)
-            if client in event.clients and event.kind != "none":
+            if client in event.held and event.kind != "none":
                 program = f"import sys; sys.path.insert(0, {str(app_folder())!r}); from experiments.drill.worker import main; main()"
                 command = [sys.executable, "-c", program, str(self._site_file(client)), json.dumps(asdict(event))]
                 self._state(client).mkdir(mode=0o700, exist_ok=True)
                 processes.start("worker", command, os.environ)
-        self._odd = set(event.clients)
+        self._odd = set(event.held)
         self._server_up()
         for client in self._odd if event.kind != "none" else ():
             _met(partial(client_side.answers, self._site(client).socket), f"client {client}'s worker did not begin{self._logs()}")
@@ -94,27 +94,29 @@ class Deployed:
 
     def _happens(self, event: Event, run: "Following") -> str | None:
         """Does what is done from outside, once the event's clients are in mid-fit; gives why the run has to be resumed."""
-        held = [self._state(client) / HELD for client in event.clients]
+        held = [self._state(client) / HELD for client in event.held]
         run.until(lambda: all(path.exists() for path in held), f"no message reached the workers{self._logs()}")
         server, stopped = Processes(self._server.state), None
         for client in event.clients:
-            if event.kind in ("killed", "gone", "restarted", "supernode"):
+            if event.kind in ("killed", "gone", "supernode"):
                 _kill(self._processes(client), "supernode")
-            if event.kind in ("killed", "gone", "restarted", "worker"):
+            if event.kind in ("killed", "gone", "worker"):
                 _kill(self._processes(client), "worker")
+            if event.kind in ("killed", "supernode"):
+                self._client_up(client)  # which takes the minute until the server has missed it
         if event.kind == "server":
             stopped = _kill_inside(server, "superexec", "serverapp")
         if event.kind in ("superlink", "host"):
             _kill(server, "superlink")
         if event.kind == "host":
             stopped = _kill(server, "superexec")
-        if event.kind in ("killed", "late"):
+        if event.kind == "late":
             run.until(lambda: len(Ledger(run.place / "ledger.jsonl").entries()) > event.rounds[-1], "the round did not end")
         for path in held:
             path.unlink(missing_ok=True)
         if event.kind in ("superlink", "host"):
             self._server_up()
-        if event.kind in ("killed", "restarted", "worker", "supernode"):
+        if event.kind == "worker":
             for client in event.clients:
                 self._client_up(client)
         return stopped

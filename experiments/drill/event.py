@@ -29,6 +29,11 @@ class Event:
     clients: tuple[int, ...] = (1,)
     times: int = 1
 
+    @property
+    def held(self) -> tuple[int, ...]:
+        """Clients that are kept in mid-fit while it happens: its own, and another where the round has to last until one is back."""
+        return (*self.clients, 0) if self.kind in ("killed", "supernode") else self.clients
+
 
 @dataclass(frozen=True)
 class Ran:
