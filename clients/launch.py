@@ -22,7 +22,8 @@ from fedpeft.processes import Processes
 
 LONGEST = 100  # letters of a unix socket's path; the system takes 107
 POLL = 0.1  # seconds between two looks for a message to start a ClientApp for; Flower's own is 1
-READY = 120.0  # seconds until the worker listens, and until the SuperNode has called the server
+READY = 120.0  # seconds until the worker listens
+CALLS = 15.0  # seconds in which a SuperNode reaches a server that is there
 MISSED = 75.0  # seconds after which a server has missed a killed SuperNode, twice Flower's heartbeat and some, and lets its key in again
 AGAIN = 3.0  # seconds between two tries
 REFUSED = ("flwr-agentapp", "flwr-connector", "flwr-model", "flwr-serverapp", "flwr-simulation")  # of Flower's task types
@@ -97,17 +98,17 @@ def up(path: Path, site: SiteFile) -> list[str]:
     if processes.start("worker", command + ["--insecure"] * site.insecure, variables):
         started.append("worker")
         _wait(processes, site.socket)
-    until = time.monotonic() + (MISSED if processes.died("supernode") else 0.0)
-    before = len(processes.said("supernode"))
-    while processes.start("supernode", supernode(site), variables):
-        if not _ended(processes, before):
-            started.append("supernode")
-            break
+    until = time.monotonic() + (MISSED if processes.died("supernode") else CALLS)
+    while processes.running("supernode") is None:
+        before = len(processes.said("supernode"))
+        processes.start("supernode", supernode(site), variables)
+        if not _ended(processes, before, until):
+            return [*started, "supernode"]
         if time.monotonic() > until:
             raise ConfigError(
                 f"the SuperNode ended: {processes.last_words('supernode')}\nIf it was not let in: is its key registered at the server?"
             )
-        log.warning("the server still waits for the SuperNode that was killed, and lets it in within a minute")
+        log.warning("the server does not let the SuperNode in; one that was killed it still waits for, a minute at most")
         time.sleep(AGAIN)
     return started
 
@@ -144,14 +145,13 @@ def own_code(state: Path) -> Path:
     return command.parent
 
 
-def _ended(processes: Processes, before: int) -> bool:
-    """Waits until the SuperNode is let in, or calls a server that is not there; True if it ended. `before`: bytes of its log so far."""
-    until = time.monotonic() + READY
-    while processes.running("supernode") is not None and time.monotonic() < until:
-        if re.search(rb"SuperNode ID:|retrying", processes.said("supernode", before)):
-            return False
+def _ended(processes: Processes, before: int, until: float) -> bool:
+    """Waits until the SuperNode is let in, or may still call a server that is not there; True if it ended. `before`: bytes of its log."""
+    while (runs := processes.running("supernode") is not None) and time.monotonic() < until + CALLS:
+        if b"SuperNode ID:" in processes.said("supernode", before):
+            break
         time.sleep(0.1)
-    return processes.running("supernode") is None
+    return not runs
 
 
 def _wait(processes: Processes, path: Path) -> None:

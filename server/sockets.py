@@ -9,7 +9,6 @@ import os
 import socket
 import struct
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -64,8 +63,8 @@ class Port:
         threading.Thread(target=self._watch, daemon=True).start()
 
     def _watch(self) -> None:
-        while True:
-            time.sleep(EVERY)
+        never = threading.Event()
+        while not never.wait(EVERY):
             with self._lock:
                 self._look()
 
