@@ -56,7 +56,7 @@ def test_a_rank_that_a_client_cannot_take_is_refused(clients, joined):
 
 
 def test_an_older_client_that_says_nothing_of_itself_is_refused(clients, joined):
-    with pytest.raises(ConfigError, match=r"client 1 does not fit this run:\nit does not say its base, classes, .* an older fedpeft"):
+    with pytest.raises(ConfigError, match=r"client 1 does not fit this run:\nit does not say its asks, base, classes, .* an older fedpeft"):
         meet(clients, joined, OWN, {})
 
 
