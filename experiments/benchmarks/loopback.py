@@ -1,5 +1,6 @@
 """A federation on this machine as docs/deploy.md sets it up: TLS, node keys, a worker and a SuperNode for each client. For benchmarks."""
 
+import json
 import os
 import platform
 import subprocess
@@ -19,6 +20,31 @@ from fedpeft.processes import Processes
 
 PATIENCE = 900.0  # seconds that one command may take on a busy machine
 PACKAGES = ("flwr", "grpcio", "torch")
+
+
+PROJECT = """
+[project]
+name = "echo"
+version = "1.0.0"
+description = ""
+license = "Apache-2.0"
+dependencies = []
+[tool.flwr.app]
+publisher = "fedpeft"
+[tool.flwr.app.components]
+serverapp = "at_server:app"
+clientapp = "at_client:app"
+[tool.flwr.app.config]
+"""
+
+
+def project(folder: Path, at_server: str, at_client: str, **config: str | int) -> Path:
+    """A Flower app of these two modules and this run config, in `folder`."""
+    folder.mkdir()
+    said = "".join(f"{name} = {json.dumps(value)}\n" for name, value in config.items())
+    for name, text in (("pyproject.toml", PROJECT + said), ("at_server.py", at_server), ("at_client.py", at_client)):
+        (folder / name).write_text(text)
+    return folder
 
 
 @dataclass(frozen=True)

@@ -20,25 +20,9 @@ from pathlib import Path
 
 from clients import frames
 from clients.launch import free_port, own_code
+from experiments.benchmarks.loopback import project
 from fedpeft.deployment import environment, program, state_folder
 
-PROJECT = """
-[project]
-name = "echo"
-version = "1.0.0"
-description = ""
-license = "Apache-2.0"
-dependencies = []
-[tool.flwr.app]
-publisher = "fedpeft"
-[tool.flwr.app.components]
-serverapp = "at_server:app"
-clientapp = "at_client:app"
-[tool.flwr.app.config]
-overrides = ""
-messages = 1
-payload = 1
-"""
 AT_CLIENT = """
 from flwr.app import Message
 from flwr.clientapp import ClientApp
@@ -78,10 +62,7 @@ with open(file, "a") as out:
 
 def measure(folder: Path, *, messages: int, payload: int) -> dict[str, list[dict[str, float]]]:
     """CPU seconds, seconds and peak memory (kB) of every process, by who answered."""
-    app = folder / "app"
-    app.mkdir()
-    for name, text in (("pyproject.toml", PROJECT), ("at_client.py", AT_CLIENT), ("at_server.py", AT_SERVER)):
-        (app / name).write_text(text)
+    app = project(folder / "app", AT_SERVER, AT_CLIENT, overrides="", messages=messages, payload=payload)
     fleet, control, path = free_port(), free_port(), folder / "worker.sock"
     state = state_folder(folder / "superlink")
     (state / "flwr" / "config.toml").write_text(
@@ -103,9 +84,8 @@ def measure(folder: Path, *, messages: int, payload: int) -> dict[str, list[dict
                            "--node-config", f"partition-id={index} {more}"]  # fmt: skip
                 started.append(_running(command, variables, own / "supernode.log"))
                 started[-1].__enter__()
-            config = f"messages={messages} payload={payload}"
-            subprocess.run([program("flwr"), "run", str(app), "local", "--run-config", config], cwd=state, check=True,
-                           env=environment(state, poll=0.1), stdout=subprocess.DEVNULL)  # fmt: skip
+            subprocess.run([program("flwr"), "run", str(app), "local"], cwd=state, check=True, env=environment(state, poll=0.1),
+                           stdout=subprocess.DEVNULL)  # fmt: skip
             files = {name: folder / name.replace(" ", "-") / "times.jsonl" for name in nodes}
             _until(lambda: all(len(_lines(file)) >= messages for file in files.values()), seconds=60 + 30 * messages)
             return {name: _lines(file) for name, file in files.items()}

@@ -17,30 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from clients.launch import POLL, free_port
-from experiments.benchmarks.loopback import Loopback, federation, until
+from experiments.benchmarks.loopback import Loopback, federation, project, until
 from fedpeft.deployment import environment, program, state_folder
 from fedpeft.processes import Processes
 
 OVERRIDES = ("evaluate.every=100000", "engine.wave=1", "engine.lanes=1", "evaluate.head_only=false")
 TASK_POLL = 1.0  # seconds, of Flower's SuperExec where nobody sets it
-PROJECT = """
-[project]
-name = "turns"
-version = "1.0.0"
-description = ""
-license = "Apache-2.0"
-dependencies = []
-[tool.flwr.app]
-publisher = "fedpeft"
-[tool.flwr.app.components]
-serverapp = "at_server:app"
-clientapp = "at_client:app"
-[tool.flwr.app.config]
-overrides = ""
-out = ""
-nodes = 1
-turns = 1
-"""
 AT_SERVER = """
 import sys
 from fedpeft.config import app_folder
@@ -122,13 +104,8 @@ def _watched(files: Sequence[Path]) -> Iterator[list[dict[int, float]]]:
 
 
 def _submit(there: Loopback, overrides: str, out: Path, *, nodes: int, turns: int) -> None:
-    app = there.folder / "app"
-    app.mkdir()
-    for name, text in (("pyproject.toml", PROJECT), ("at_server.py", AT_SERVER), ("at_client.py", AT_CLIENT)):
-        (app / name).write_text(text)
-    said = there.folder / "run.toml"
-    said.write_text(f"overrides = {json.dumps(overrides)}\nout = {json.dumps(str(out))}\nnodes = {nodes}\nturns = {turns}\n")
-    there.flwr("run", str(app), "local", "--run-config", str(said))
+    app = project(there.folder / "app", AT_SERVER, AT_CLIENT, overrides=overrides, out=str(out), nodes=nodes, turns=turns)
+    there.flwr("run", str(app), "local")
 
 
 def _lines(file: Path) -> list[Turn]:

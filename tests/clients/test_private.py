@@ -9,17 +9,15 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from clients.engine import Engine
 from clients.private import Backend, _fault, _loop, _nowhere_zero, choose, clipped_sums, per_example, train_private
 from clients.stacked import Unstackable
 from clients.train import Job, Private, batches, poisson, train
 from fedpeft.adapters.base import Adapted
-from fedpeft.adapters.inplace import InPlace
 from fedpeft.adapters.lora import Lora
 from fedpeft.adapters.lora_sb import LoraSB
 from fedpeft.adapters.ravan import Ravan
 from fedpeft.adapters.sparse import Sparse
-from fedpeft.config import Options, Training, build
+from fedpeft.config import Training, build
 from fedpeft.lowrank import cut
 from fedpeft.messages import Broadcast
 from fedpeft.models.base import Base, Examples, Images
@@ -124,41 +122,7 @@ def test_each_way_agrees_with_the_loop_or_is_reported(name: str, tiny, examples,
         adapted.undo()
 
 
-def test_a_model_that_couples_its_examples_is_found_out(tiny, examples, caplog) -> None:
-    base: Base = tiny("vit")
-    adapted, data = InPlace("head").attach(base, seed=0), examples(base)
-    base.module.vit.layernorm.register_forward_hook(lambda module, inputs, out: out + out.mean(0, keepdim=True))
-    with pytest.raises(ValueError, match=r"privacy\.backend=hooks .* its gradient of head\.\S+ is not the loop's; set privacy"):
-        choose(adapted, data, torch.arange(12), PLAIN, "hooks")
-    with caplog.at_level(logging.INFO, "fedpeft"):
-        assert choose(adapted, data, torch.arange(12), PLAIN, "auto") == "vmap"  # which runs the model on one example, too
-    assert "by vmap (hooks: its gradient of head" in caplog.text
-
-
-def crowd(module: nn.Module, inputs: object, out: torch.Tensor) -> torch.Tensor:
-    """What a model does that couples its examples only where there are more than two, as experts with room for so many tokens do."""
-    return out + out.mean(0, keepdim=True) if len(out) > 2 else out
-
-
-def test_a_model_that_couples_more_than_two_examples_is_found_out(tiny, examples, jobs, caplog) -> None:
-    base: Base = tiny("vit")
-    adapted, data = Lora(rank=3).attach(base, seed=0), examples(base)
-    base.module.vit.layernorm.register_forward_hook(crowd)
-    with pytest.raises(ValueError, match="hooks: the gradient of an example changes with the others of its batch"):
-        choose(adapted, data, torch.arange(12), PLAIN, "hooks")
-    assert choose(adapted, data, torch.arange(12), PLAIN, "auto") == "vmap"
-    (job, *_) = jobs(adapted.read(), SGD)
-    caplog.set_level(logging.INFO, "fedpeft")
-    engine = Engine(adapted, data, Options())
-    (done,) = engine.train(PLAIN, [replace(job, private=kept(lambda rows: [rows]))], round=0)
-    assert not isinstance(done, ValueError)
-    assert "what ViTForImageClassification makes of an example changes with the others of its batch" in caplog.text
-    assert "by vmap" in caplog.text
-
-
-def test_a_broadcast_that_is_no_number_tests_no_way_and_none_is_taken_on_trust(
-    adapted: Adapted, texts: Examples, jobs, monkeypatch
-) -> None:
+def test_gradients_that_are_no_numbers_test_no_way(adapted: Adapted, texts: Examples, jobs, monkeypatch) -> None:
     (job, *_) = (replace(one, private=kept(lambda rows: [rows], noise=1.0)) for one in jobs(adapted.read(), SGD))
     broken = Broadcast({name: torch.full_like(tensor, torch.nan) for name, tensor in job.start.items()})
     monkeypatch.setattr("clients.private._hooks", lambda *_: pytest.fail("hooks were used untested"))
