@@ -20,6 +20,7 @@ from pathlib import Path
 
 from clients import launch as client_side
 from experiments.drill.event import CLIENTS, SMALL, Event, Ran, read_ran
+from experiments.drill.line import Line
 from experiments.drill.worker import HELD
 from fedpeft.config import app_folder
 from fedpeft.ledger import Ledger
@@ -30,7 +31,9 @@ from server import launch as server_side
 LONGEST = 900.0  # seconds that a drill waits for what has to come next
 PATIENT = "deadline=200"  # unless the drill is about it: on a busy machine a worker takes a minute to begin
 KILLED = "killed by signal 9"
-OUTSIDE = ("killed", "gone", "late", "worker", "supernode", "server", "superlink", "host")  # while clients are in mid-fit
+SLOW = 1000.0  # bytes a second: an update of 89 kB takes longer than its round
+LINED = 1  # the client whose line to the server runs through this process
+OUTSIDE = ("killed", "gone", "late", "slow", "worker", "supernode", "server", "superlink", "host")  # while clients are in mid-fit
 
 
 @dataclass(eq=False)
@@ -39,14 +42,16 @@ class Deployed:
 
     folder: Path
     _odd: set[int] = field(default_factory=set)  # clients whose worker is the drill's
+    _line: Line = field(init=False)
 
     def __enter__(self) -> "Deployed":
         ports = _free_ports(2)
+        self._line = Line(ports[0])
         certs.create(self.folder / "certs", ["localhost"], now=datetime.now(UTC))
         for client in range(CLIENTS):
             certs.make_client(self.folder / "certs", f"client{client}")
             self._site_file(client).write_text(
-                f"client: {client}\nstate: client{client}\nsuperlink: 127.0.0.1:{ports[0]}\n"
+                f"client: {client}\nstate: client{client}\nsuperlink: 127.0.0.1:{self._line.port if client == LINED else ports[0]}\n"
                 f"tls: {{ca: certs/ca.crt, key: certs/client{client}}}\nengine: {{stacked: false}}\n"  # as the simulation's
             )
         (self.folder / "server.yaml").write_text(
@@ -60,6 +65,7 @@ class Deployed:
         with ThreadPoolExecutor() as pool:
             list(pool.map(lambda client: client_side.down(self._site(client)), range(CLIENTS)))
         server_side.down(self._server)
+        self._line.close()
 
     def run(self, event: Event, overrides: tuple[str, ...] = ()) -> Ran:
         """See `Runner`."""
@@ -110,10 +116,16 @@ class Deployed:
             _kill(server, "superlink")
         if event.kind == "host":
             stopped = _kill(server, "superexec")
+        over = partial(run.until, lambda: len(Ledger(run.place / "ledger.jsonl").entries()) > event.rounds[-1], "the round did not end")
         if event.kind == "late":
-            run.until(lambda: len(Ledger(run.place / "ledger.jsonl").entries()) > event.rounds[-1], "the round did not end")
+            over()
+        if event.kind == "slow":
+            self._line.rate = SLOW
         for path in held:
             path.unlink(missing_ok=True)
+        if event.kind == "slow":
+            over()
+            self._line.rate = None
         if event.kind in ("superlink", "host"):
             self._server_up()
         if event.kind == "worker":

@@ -16,7 +16,7 @@ SMALL = (
 
 Kind = Literal[
     "none", "raises", "killed", "gone", "silent", "late", "restarted", "twice", "stale", "truncated", "nan", "rank", "oversized", "disk",
-    "server", "lost", "worker", "supernode", "superlink", "host",
+    "server", "lost", "slow", "worker", "supernode", "superlink", "host",
 ]  # fmt: skip
 
 
@@ -126,7 +126,7 @@ def play(drill: Drill, runner: Runner, plain: Runner | None = None) -> Result:
         *(["another adapter"] if ran.end != like.end else []),
     ]
     said = [
-        *([ran.stopped] if ran.stopped else []),
+        *([ran.stopped[max(0, ran.stopped.find(drill.stopped or "")) :]] if ran.stopped else []),
         *dict.fromkeys(f"{reason}" for reason in ran.faults.values()),
         f"{' '.join(map(str, answers))} answers",
         f"{'the declared' if ran.end == like.end else 'another'} adapter",

@@ -4,10 +4,12 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from experiments import cli
+from experiments.drill import simulation as simulated
 from experiments.drill import table
 from experiments.drill.declared import DEPLOYED, DRILLS
 from experiments.drill.event import CLIENTS, Drill, Event, Ran, Runner, play
@@ -26,10 +28,10 @@ def simulation(tmp_path_factory: pytest.TempPathFactory) -> Simulation:
 @pytest.mark.parametrize("name", IN_ONE_PROCESS)
 def test_a_drill_comes_out_as_declared(name: str, simulation: Simulation, monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
-    monkeypatch.setattr(time, "sleep", waits.append)
+    monkeypatch.setattr(simulated, "time", SimpleNamespace(monotonic=time.monotonic, sleep=waits.append))  # subprocess sleeps, too
     made = play(BY_NAME[name], simulation)
     assert made.wrong == (), made.happened
-    assert [0 < wait <= 2 for wait in waits] == [True] * (name in ("silent", "late"))
+    assert [0 <= wait <= 2 for wait in waits] == [True] * (name in ("silent", "late"))  # 0: a busy machine had used the time up
 
 
 @pytest.mark.slow
