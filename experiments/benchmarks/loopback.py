@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -45,6 +46,24 @@ def project(folder: Path, at_server: str, at_client: str, **config: str | int) -
     for name, text in (("pyproject.toml", PROJECT + said), ("at_server.py", at_server), ("at_client.py", at_client)):
         (folder / name).write_text(text)
     return folder
+
+
+@contextmanager
+def again_and_again(look: Callable[[], None], seconds: float) -> Iterator[None]:
+    """Calls `look` every so many seconds, in a thread, until the block ends."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(seconds):
+            look()
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join()
 
 
 @dataclass(frozen=True)

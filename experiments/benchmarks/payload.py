@@ -6,14 +6,13 @@ is cheap. Memory is PSS, which counts what processes share once, sampled while t
 
 import json
 import statistics
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.benchmarks.loopback import Loopback, federation
+from experiments.benchmarks.loopback import Loopback, again_and_again, federation
 from experiments.benchmarks.memory import tree
 
 LARGE = (  # 8 * 640^2 weights in each of 3 layers: 39 MB of float32
@@ -47,23 +46,16 @@ def measure(folder: Path, *, clients: int, rounds: int, overrides: Sequence[str]
 
 @contextmanager
 def _sampled(there: Loopback) -> Iterator[Peaks]:
-    peaks, ended = Peaks(), threading.Event()
-    superlink = there.server().running("superlink")
+    peaks, superlink = Peaks(), there.server().running("superlink")
     assert superlink is not None
 
     def look() -> None:
-        while not ended.wait(0.1):
-            peaks.superlink = max(peaks.superlink, tree(superlink))
-            peaks.serverapp = max(peaks.serverapp, sum(map(tree, there.serverapps())))
-            peaks.samples += 1
+        peaks.superlink = max(peaks.superlink, tree(superlink))
+        peaks.serverapp = max(peaks.serverapp, sum(map(tree, there.serverapps())))
+        peaks.samples += 1
 
-    watcher = threading.Thread(target=look, daemon=True)
-    watcher.start()
-    try:
+    with again_and_again(look, 0.1):
         yield peaks
-    finally:
-        ended.set()
-        watcher.join()
 
 
 def table(peaks: Peaks, entries: Sequence[dict[str, Any]]) -> str:

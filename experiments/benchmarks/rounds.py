@@ -9,7 +9,6 @@ before its objects looks again after 1 s.
 import json
 import shlex
 import statistics
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from clients.launch import POLL, free_port
-from experiments.benchmarks.loopback import Loopback, federation, project, until
+from experiments.benchmarks.loopback import Loopback, again_and_again, federation, project, until
 from fedpeft.deployment import environment, program, state_folder
 from fedpeft.processes import Processes
 
@@ -84,23 +83,17 @@ def _echo_node(there: Loopback, key: str, name: str, index: int) -> Iterator[Non
 def _watched(files: Sequence[Path]) -> Iterator[list[dict[int, float]]]:
     """Of each worker: seconds of each round, read from what it notes after every message."""
     found: list[dict[int, float]] = [{} for _ in files]
-    before, ended = [0.0 for _ in files], threading.Event()
+    before = [0.0 for _ in files]
 
     def look() -> None:
-        while not ended.wait(0.05):
-            for index, file in enumerate(files):
-                if file.exists() and (noted := json.loads(file.read_text()))["seconds"] > before[index]:
-                    if noted.get("round") is not None:
-                        found[index][int(noted["round"])] = noted["seconds"] - before[index]
-                    before[index] = noted["seconds"]
+        for index, file in enumerate(files):
+            if file.exists() and (noted := json.loads(file.read_text()))["seconds"] > before[index]:
+                if noted.get("round") is not None:
+                    found[index][int(noted["round"])] = noted["seconds"] - before[index]
+                before[index] = noted["seconds"]
 
-    watcher = threading.Thread(target=look, daemon=True)
-    watcher.start()
-    try:
+    with again_and_again(look, 0.05):
         yield found
-    finally:
-        ended.set()
-        watcher.join()
 
 
 def _submit(there: Loopback, overrides: str, out: Path, *, nodes: int, turns: int) -> None:
