@@ -54,6 +54,9 @@ def compress(folder: Path, to: Path, codec: Ternary) -> Pressed:
         "format": FORMAT, "config": json.dumps(config), "layout": header(layout(moved)), "codec": json.dumps(dataclasses.asdict(codec)),
         "dtypes": json.dumps({name: str(tensors[name].dtype).removeprefix("torch.") for name in moved}),
     }  # fmt: skip
+    if to.is_dir():
+        raise ConfigError(f"{to} is a folder; needed is the name of a file")
+    to.parent.mkdir(parents=True, exist_ok=True)
     save_file({**kept, "ternary": torch.frombuffer(bytearray(data), dtype=torch.uint8)}, to, metadata=facts)
     entries = sum(tensor.numel() for tensor in moved.values())
     lost = sum(float((moved[name] - said[name]).double().square().sum()) for name in moved)

@@ -32,7 +32,7 @@ def examine(console: Console) -> int:
             f"flwr {_version('flwr')} is installed, fedpeft needs 1.39.x, the last whose SuperNodes speak gRPC: pip install 'flwr==1.39.0'"
         )
     if _version("datasets") is None:
-        advice.append("data=hub needs the package datasets: pip install 'fedpeft[hub]'")
+        advice.append("data=hub needs the package datasets: pip install datasets")
     memory, disk = _memory(), shutil.disk_usage(Path.cwd()).free
     table.add_row("device", _device())
     table.add_row("cores", f"{os.cpu_count()}; each process uses run.threads (1)")
@@ -54,7 +54,7 @@ def examine(console: Console) -> int:
         advice.append(f"{cache()} cannot be written; set FEDPEFT_CACHE to a folder that can")
     console.print(table)
     for line in advice:
-        console.print(f"advice: {line}", style="yellow", soft_wrap=True, highlight=False)
+        console.print(f"advice: {line}", style="yellow", soft_wrap=True, highlight=False, markup=False)
     if not advice:
         console.print("no problems found; try `fedpeft run`")
     return 1 if memory < 5e8 or disk < 1e8 else 0

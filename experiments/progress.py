@@ -42,6 +42,16 @@ class Progress:
         if self._bar:
             self._bar.stop()
 
+    def begin(self, what: str, done: int, rounds: int) -> None:
+        """A part of the run begins, of whose rounds some may be there from before."""
+        if self._silent:
+            return
+        if self._bar:
+            self._loaded()
+            self._tasks[what] = self._bar.add_task(what, total=rounds, facts="", completed=done)
+        elif what != "run" or done:
+            print(f"{what}: " + (f"{rounds} rounds" if not done else f"{done} of {rounds} rounds are there"), flush=True)
+
     def watch(self, what: str, config: Config, entry: dict[str, Any]) -> None:
         """One finished round."""
         if self._silent:
@@ -52,14 +62,13 @@ class Progress:
             print(f"fedpeft: round {entry['round'] + 1}, client {fault['client']}: {fault['reason']}", file=sys.stderr)
         done, total = entry["round"] + 1, config.rounds
         if self._bar:
-            if "loading" in self._tasks:
-                self._bar.remove_task(self._tasks.pop("loading"))
+            self._loaded()
             if what not in self._tasks:
                 self._tasks[what] = self._bar.add_task(what, total=total, facts="", completed=entry["round"])
             self._bar.update(self._tasks[what], completed=done, facts=self._facts(what, entry))
         elif done == total or done % max(1, math.ceil(total / LINES)) == 0 or entry["accuracy"] is not None:
-            left = entry["seconds"] / done * (total - done)
-            print(f"{what}: round {done}/{total}  {self._facts(what, entry)}  {left:.0f} s left", flush=True)
+            left = f"  {entry['seconds'] / done * (total - done):.0f} s left" if done < total else ""
+            print(f"{what}: round {done}/{total}  {self._facts(what, entry)}{left}", flush=True)
 
     def finish(self, result: dict[str, Any]) -> None:
         """The result as a small table."""
@@ -74,11 +83,17 @@ class Progress:
         if result["epsilon"] is not None:
             table.add_row("epsilon", f"{result['epsilon']:.3f}")
         table.add_row("seconds", f"{result['seconds']:.1f}")
-        table.add_row("run folder", result["run_dir"])
-        table.add_row("report", f"{result['run_dir']}/report.html")
         self._console.print(table)
+        for name in ("", "/report.html"):  # in lines of their own: a table cuts what is too long
+            self._console.print(f"  {result['run_dir']}{name}", soft_wrap=True, highlight=False, markup=False)
+        if result["privacy"] and accuracy["head_only"] is None:
+            self._console.print("- no head-only baseline: it would spend budget, too", highlight=False)
         for line in result["privacy"]:
             self._console.print(f"- {line}", highlight=False)
+
+    def _loaded(self) -> None:
+        if self._bar and "loading" in self._tasks:
+            self._bar.remove_task(self._tasks.pop("loading"))
 
     def _facts(self, what: str, entry: dict[str, Any]) -> str:
         seen = self._accuracy.get(what)

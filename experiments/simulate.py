@@ -22,6 +22,7 @@ from server.folder import Folder, create, reopen
 
 BASELINE = "head_only"  # the folder of the baseline inside a run's
 Watch = Callable[[str, Config, dict[str, Any]], None]  # (what runs, its config, ledger entry) after each round
+Begin = Callable[[str, int, int], None]  # (what runs, how many rounds it has, how many it will have) before its first
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Summary:
 
 def simulate(
     overrides: Sequence[str], *, resume: Path | None = None, watch: Watch = lambda what, config, entry: None,
-    canaries: Canaries | None = None,
+    begin: Begin = lambda what, done, rounds: None, canaries: Canaries | None = None,
 ) -> Summary:  # fmt: skip
     """Runs what `overrides` describe, or goes on with the run in folder `resume`; `canaries` join the rounds of a client-private run."""
     if resume is not None and overrides:
@@ -55,14 +56,15 @@ def simulate(
         folder = create(Path(config.run.dir) if config.run.dir else _unused(config.choices["strategy"]), config, overrides)
     if not (folder.path / "split.json").exists():
         folder.write("split.json", _split(setting))
+    begin("run", _next_round(folder, config), config.rounds)
     main = _drive("run", config, setting, folder, watch, canaries)
     head_only = None
     if config.evaluate.head_only and not config.private and setting.base.head and config.choices["adapter"] != "head":
-        head_only = _baseline(overrides, setting, folder, watch)
+        head_only = _baseline(overrides, setting, folder, watch, begin)
     return Summary(folder.path, main, head_only)
 
 
-def _baseline(overrides: Sequence[str], setting: Setting, folder: Folder, watch: Watch) -> Outcome:
+def _baseline(overrides: Sequence[str], setting: Setting, folder: Folder, watch: Watch, begin: Begin) -> Outcome:
     """The same federation with only the head trained, by plain FedAvg."""
     own = ("strategy", "adapter", "codec", "downlink", "privacy", "select", "mean", "devices", "run.dir")
     kept = [text for text in overrides if not text.startswith(own)]
@@ -70,6 +72,7 @@ def _baseline(overrides: Sequence[str], setting: Setting, folder: Folder, watch:
     config, place = load(kept), folder.path / BASELINE
     setting.off()
     there = reopen(place)[0] if (place / "manifest.json").exists() else create(place, config, kept)
+    begin("head-only baseline", _next_round(there, config), config.rounds)
     return _drive("head-only baseline", config, open_setting(config, base=setting.base), there, watch)
 
 

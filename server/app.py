@@ -302,4 +302,5 @@ def _sit(grid: Grid, config: Config, overrides: list[str], place: Path) -> None:
                 flush=True,
             )
             return
-        print(f"fedpeft: round {entry['round'] + 1}/{config.rounds} loss {entry['loss']} accuracy {entry['accuracy']}", flush=True)
+        seen = [f"{name} {entry[name]:.4f}" for name in ("loss", "accuracy") if entry[name] is not None]
+        print(f"fedpeft: round {entry['round'] + 1}/{config.rounds} {' '.join(seen)}", flush=True)

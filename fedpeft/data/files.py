@@ -97,7 +97,7 @@ def _parquet(path: Path) -> Rows:
         import pyarrow as arrow
         import pyarrow.parquet as parquet
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"{path} needs pyarrow: pip install fedpeft[hub], or convert it to .jsonl.gz") from error
+        raise ModuleNotFoundError(f"{path} needs pyarrow: pip install pyarrow, or convert it to .jsonl.gz") from error
     try:
         return Rows(path.name, parquet.read_table(path).to_pydict())
     except arrow.ArrowInvalid as error:

@@ -69,6 +69,6 @@ def _datasets() -> ModuleType:
         import datasets
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "data=hub needs the hub's library: pip install fedpeft[hub]; data=files reads local files without it"
+            "data=hub needs the hub's library: pip install datasets; data=files reads local files without it"
         ) from error
     return datasets  # type: ignore[no-any-return]  # untyped library
