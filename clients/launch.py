@@ -23,7 +23,7 @@ from fedpeft.processes import Processes
 LONGEST = 100  # letters of a unix socket's path; the system takes 107
 POLL = 0.1  # seconds between two looks for a message to start a ClientApp for; Flower's own is 1
 READY = 120.0  # seconds until the worker listens
-CALLS = 15.0  # seconds in which a SuperNode reaches a server that is there
+CALLS = 30.0  # seconds in which a SuperNode is let in, or not, by a server that is there
 MISSED = 75.0  # seconds after which a server has missed a killed SuperNode, twice Flower's heartbeat and some, and lets its key in again
 AGAIN = 3.0  # seconds between two tries
 REFUSED = ("flwr-agentapp", "flwr-connector", "flwr-model", "flwr-serverapp", "flwr-simulation")  # of Flower's task types
@@ -98,12 +98,14 @@ def up(path: Path, site: SiteFile) -> list[str]:
     if processes.start("worker", command + ["--insecure"] * site.insecure, variables):
         started.append("worker")
         _wait(processes, site.socket)
-    until = time.monotonic() + (MISSED if processes.died("supernode") else CALLS)
+    until = time.monotonic() + MISSED
     while processes.running("supernode") is None:
         before = len(processes.said("supernode"))
         processes.start("supernode", supernode(site), variables)
-        if not _ended(processes, before, until):
+        if not _ended(processes, before):
             return [*started, "supernode"]
+        if why := _refused(processes.said("supernode", before), site):
+            raise ConfigError(why)
         if time.monotonic() > until:
             raise ConfigError(
                 f"the SuperNode ended: {processes.last_words('supernode')}\nIf it was not let in: is its key registered at the server?"
@@ -145,9 +147,21 @@ def own_code(state: Path) -> Path:
     return command.parent
 
 
-def _ended(processes: Processes, before: int, until: float) -> bool:
-    """Waits until the SuperNode is let in, or may still call a server that is not there; True if it ended. `before`: bytes of its log."""
-    while (runs := processes.running("supernode") is not None) and time.monotonic() < until + CALLS:
+def _refused(said: bytes, site: SiteFile) -> str:
+    """Why no other try would help, from what the SuperNode said; "" if one might."""
+    lines = [line for line in said.decode(errors="replace").splitlines() if "CERTIFICATE_VERIFY_FAILED" in line]
+    if not lines:
+        return ""
+    return (
+        f"the certificate at superlink={site.superlink} was not taken: {lines[-1].strip()}\nIs tls.ca={site.tls.ca} the server's own "
+        "ca.crt (compare `sha256sum`), and is the address one of its certificate's hosts (`fedpeft certs show` at the server)?"
+    )
+
+
+def _ended(processes: Processes, before: int) -> bool:
+    """Waits until the SuperNode is let in, or `CALLS` for a server that is not there; True if it ended. `before`: bytes of its log."""
+    until = time.monotonic() + CALLS
+    while (runs := processes.running("supernode") is not None) and time.monotonic() < until:
         if b"SuperNode ID:" in processes.said("supernode", before):
             break
         time.sleep(0.1)

@@ -56,7 +56,7 @@ def server_run(
     \b
     Examples:
       fedpeft server run rounds=20 strategy=ffa
-      fedpeft server run --resume fedpeft-server/runs/2026-01-31-120000
+      fedpeft server run --resume state/runs/2026-01-31-120000
     """
     told = server_side.read(config, insecure=insecure)
     if resume is not None:
@@ -69,7 +69,10 @@ def server_run(
         words = server_side.words_of(told, overrides or [], folder)
     number = server_side.submit(told, words)
     print(f"run {number}, in {folder}", flush=True)
-    _follow(told, number, folder)
+    try:
+        _follow(told, number, folder)
+    except KeyboardInterrupt:
+        print(f"the run goes on: `fedpeft status -c {config}` shows it, `fedpeft report {folder}` writes its page when it has ended")
 
 
 @client.command("up")
@@ -116,8 +119,7 @@ def _of_server(config: Path, insecure: bool) -> dict[str, Any]:
     running = _running(Processes(told.state))
     found: dict[str, Any] = {"running": running}
     if "superlink" in running:
-        nodes = server_side.nodes(told)
-        found |= {"nodes": sum(node["status"] == "online" for node in nodes), "clients": told.clients}
+        found |= {"nodes": _online(told), "clients": told.clients}
     runs = sorted((told.state / "runs").glob("*/ledger.jsonl"), key=lambda path: path.stat().st_mtime)
     if runs and (entries := Ledger(runs[-1]).entries()):
         last = entries[-1]
@@ -135,6 +137,8 @@ def _of_client(config: Path, insecure: bool) -> dict[str, Any]:
     told = client_side.read(config, insecure=insecure)
     path = told.state / "worker.json"
     done = json.loads(path.read_text()) if path.exists() else {}
+    if done.get("round") is not None:
+        done["round"] += 1  # rounds are counted from 1 where people read them
     return {"client": told.client, "running": _running(Processes(told.state)), **done}
 
 
@@ -174,6 +178,8 @@ def _follow(told: server_side.ServerFile, number: int, folder: Path) -> None:
             asked = time.monotonic()
             try:
                 state, why = server_side.state_of(told, number)
+                if said < 0 and not state.startswith("finished") and (count := _online(told)) < told.clients:
+                    print(f"{count} of {told.clients} nodes are connected; the run waits for the others", flush=True)
             except ConfigError:
                 if asked - there > LOST:
                     raise
@@ -189,6 +195,10 @@ def _follow(told: server_side.ServerFile, number: int, folder: Path) -> None:
     for name, text in (*payloads(ledger.entries()), *crossed(ledger.entries())):
         print(f"{name:<19} {text}")
     print(f"finished: {folder / 'adapter'}, {write_report(folder, read_result(folder))}")
+
+
+def _online(told: server_side.ServerFile) -> int:
+    return sum(node["status"] == "online" for node in server_side.nodes(told))
 
 
 def _line(entry: dict[str, Any]) -> str:

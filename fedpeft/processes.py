@@ -9,6 +9,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,10 +33,6 @@ class Processes:
         pid = int(noted["pid"])
         return pid if _born(pid) == noted["born"] else None
 
-    def died(self, name: str) -> bool:
-        """True if the process `name` was started here, was not stopped, and is gone."""
-        return (self.folder / f"{name}.pid").exists() and self.running(name) is None
-
     def start(self, name: str, command: Sequence[str], environment: Mapping[str, str]) -> bool:
         """Starts `command` in this folder, in a session of its own, unless it runs; True if it was started."""
         if self.running(name) is not None:
@@ -49,13 +46,14 @@ class Processes:
         return True
 
     def stop(self, name: str) -> bool:
-        """Ends the process `name`, by force if it does not end within `PATIENCE`; True if it ran."""
+        """Ends the process `name`, by force if it does not end within `PATIENCE`, and then all that it started; True if it ran."""
         pid = self.running(name)
         if pid is not None:
             os.kill(pid, signal.SIGTERM)
-            if not self._gone(name, PATIENCE):
-                os.killpg(pid, signal.SIGKILL)  # it leads a session of its own: what it started goes with it
-                self._gone(name, PATIENCE)
+            self._gone(name, PATIENCE)
+            with suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)  # it leads a session of its own
+            self._gone(name, PATIENCE)
         (self.folder / f"{name}.pid").unlink(missing_ok=True)
         return pid is not None
 

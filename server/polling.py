@@ -5,6 +5,7 @@ announces a reply before it sends the reply's parts. Who was told of it has to w
 announced in the same look waits, too: up to two hours in Flower's grid, and here to the round's deadline.
 """
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -14,11 +15,13 @@ from typing import Any
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
-from flwr.supercore.inflatable.inflatable_utils import ObjectPullError
+from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, ObjectPushError
 from flwr.superlink.grid import http_grid
 
+log = logging.getLogger("fedpeft")
 SOONEST, LATEST = 0.25, 3.0  # seconds between two looks, each some milliseconds of the SuperLink
 AT_ONCE = 64_000_000  # bytes; a look at one more message costs some milliseconds
+PUSHES = 3  # times that messages are sent, where a part of them is not taken
 PAUSES = (0.25, 1.0)  # seconds, the first and the longest, until a part that had not come is asked for again; Flower's are 1 and 10
 LATE = "not all of its parts came in time"
 SHARE = 0.02  # of the time that has passed: a round of minutes need not be looked for four times a second
@@ -63,7 +66,7 @@ class Prompt(Grid):
         """
         began, sent = time.monotonic(), list(messages)
         until = math.inf if timeout is None else began + timeout
-        waiting = {message_id for message_id in self.grid.push_messages(sent) if message_id}
+        waiting = self._pushed(sent)
         largest = max((_size(message) for message in sent), default=0)
         while waiting:
             last = time.monotonic() >= until
@@ -84,6 +87,17 @@ class Prompt(Grid):
             if waiting:
                 now = time.monotonic()
                 time.sleep(max(0.0, min(max(SOONEST, SHARE * (now - began)), LATEST, until - now)))
+
+    def _pushed(self, messages: list[Message]) -> set[str]:
+        """The ids of the messages that were taken. A SuperLink that was started again knows them, but not what of their parts had come."""
+        for attempt in range(PUSHES):
+            try:
+                return {message_id for message_id in self.grid.push_messages(messages) if message_id}
+            except ObjectPushError as fault:
+                if attempt == PUSHES - 1:
+                    raise
+                log.warning("the round's messages are sent again: %s", fault)
+        raise AssertionError
 
 
 @contextmanager

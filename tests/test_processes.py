@@ -72,3 +72,25 @@ def test_one_that_ended_by_itself_runs_no_more_and_its_log_says_why(here: Proces
     while here.running("short") is not None:
         os.sched_yield()
     assert here.last_words("short").endswith("no such port")
+
+
+@pytest.mark.fast
+def test_what_a_process_started_ends_with_it_though_it_is_deaf_and_was_left_behind(here: Processes) -> None:
+    child = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); time.sleep(600)"
+    made = f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {child!r}]); print(p.pid, flush=True); p.wait()"
+    here.start("one", [sys.executable, "-c", made], os.environ)
+    while len(words := here.said("one").split()) < 2:
+        time.sleep(0.02)
+    pid = next(int(word) for word in words if word.isdigit())
+    assert here.stop("one")
+    until = time.monotonic() + 20
+    while _lives(pid):
+        assert time.monotonic() < until, "the child lives"
+        time.sleep(0.02)
+
+
+def _lives(pid: int) -> bool:
+    return subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False).stdout.strip()[:1] not in (
+        "",
+        "Z",
+    )

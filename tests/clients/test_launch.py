@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from clients.launch import REFUSED, SiteFile, own_code, read, supernode
+from clients.launch import REFUSED, SiteFile, _refused, own_code, read, supernode
 from clients.policy import Policy
 from fedpeft.config import ConfigError, load
 from fedpeft.deployment import Tls
@@ -105,3 +105,14 @@ def test_a_supernode_finds_no_program_that_would_run_the_servers_code(tmp_path: 
         done = subprocess.run([folder / name, "--token", "x"], capture_output=True, text=True, check=False)
         assert done.returncode == 1
         assert "nothing but its own ClientApp" in done.stderr
+
+
+@pytest.mark.fast
+def test_a_certificate_of_another_authority_is_named_and_no_other_end_is_taken_for_one() -> None:
+    site = SiteFile(0, Path("s"), superlink="fl.example.org:9092", tls=Tls(Path("/certs/ca.crt"), None, Path("/certs/north")))
+    said = b"INFO: Starting\nHandshake failed: CERTIFICATE_VERIFY_FAILED: unable to get local issuer certificate\nINFO: Shutting down\n"
+    why = _refused(said, site)
+    assert "unable to get local issuer certificate" in why
+    assert "/certs/ca.crt" in why
+    assert "fl.example.org:9092" in why
+    assert _refused(b"[code: 2004] Failed to activate SuperNode.\n", site) == ""

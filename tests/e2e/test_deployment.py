@@ -116,7 +116,7 @@ def test_a_deployed_run_gives_the_adapter_of_fedpeft_run_though_a_worker_is_kill
     assert (told["nodes"], told["clients"], told["round"], told["epsilon"]) == (CLIENTS, CLIENTS, 3, None)
     assert told["socket_up"] == sum(entry["socket_up"] for entry in entries) > told["bytes_up"] > 0
     site = json.loads(federation.call("status", "-c", federation.site(0), "--json"))
-    assert (site["messages"], site["round"], site["fault"]) == (4, 2, None)
+    assert (site["messages"], site["round"], site["fault"]) == (4, 3, None)
     assert not (federation.state(0) / "flwr" / "apps").exists(), "a site runs its own code, not what came with the run"
 
     pids = [json.loads(path.read_text())["pid"] for path in federation.folder.glob("*/*.pid")]

@@ -13,6 +13,7 @@ from flwr.common.serde import message_to_proto
 from flwr.proto.message_pb2 import PullObjectResponse
 from flwr.proto.runtime_pb2 import PullAppMessagesResponse
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 from flwr.superlink.grid import http_grid
 
 from fedpeft.simulation import InProcessGrid
@@ -231,3 +232,27 @@ def test_outside_of_a_look_flower_pulls_as_it_always_does(link: tuple[Superlink,
     before = http_grid.pull_objects
     assert len(list(link[1].send_and_receive(link[2]))) == 2
     assert http_grid.pull_objects is before
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("failures", [0, 1, polling.PUSHES - 1, polling.PUSHES])
+def test_messages_whose_parts_were_not_taken_are_sent_again(
+    failures: int, link: tuple[Superlink, Prompt, list[Message]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, prompt, sent = link
+    pushes: list[int] = []
+
+    def push(messages: list[Message]) -> list[str]:
+        pushes.append(len(messages))
+        if len(pushes) <= failures:
+            raise ObjectPushError("part", 1, "session")
+        return [one.metadata.message_id for one in messages]
+
+    monkeypatch.setattr(prompt.grid, "push_messages", push)
+    replies = prompt.send_and_receive(sent, timeout=60)
+    if failures == polling.PUSHES:
+        with pytest.raises(ObjectPushError):
+            next(replies)
+    else:
+        assert len(list(replies)) == 2
+        assert pushes == [2] * (failures + 1)
