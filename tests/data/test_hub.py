@@ -93,5 +93,5 @@ def test_a_missing_library_is_explained(monkeypatch):
         return found(name, *rest)
 
     monkeypatch.setattr(builtins, "__import__", without_datasets)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install fedpeft\[hub\]"):
+    with pytest.raises(ModuleNotFoundError, match="pip install datasets"):
         Hub(id="any", text="text", label="label").read(seed=0)
