@@ -223,3 +223,13 @@ def test_doctor_reports_versions_and_room(call: Callable[..., int], capsys: pyte
     shown = capsys.readouterr().out
     for words in ("torch", "flwr", "free memory", "free disk", "clients that fit"):
         assert words in shown
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("words", [(), ("privacy",), ("compress", "--help")])
+def test_help_is_plain_text(words: tuple[str, ...], call: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(*words) == 0
+    said = capsys.readouterr()
+    assert said.out.lstrip().startswith("Usage: fedpeft")
+    assert "\\[" not in said.out
+    assert said.err == ""

@@ -101,3 +101,9 @@ def test_a_file_that_was_spoiled_is_a_fault_with_its_name(adapter, tmp_path, spo
 def test_what_is_no_adapter_is_said(tmp_path):
     with pytest.raises(ConfigError, match="is no PEFT adapter"):
         compress(tmp_path, tmp_path / "file", Ternary(0.3))
+
+
+def test_the_folder_of_the_file_is_made_and_a_folder_is_no_file(adapter, tmp_path):
+    assert compress(adapter, tmp_path / "new" / "file", Ternary(0.3)).after == (tmp_path / "new" / "file").stat().st_size
+    with pytest.raises(ConfigError, match="new is a folder; needed is the name of a file"):
+        compress(adapter, tmp_path / "new", Ternary(0.3))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import cli
+from experiments import cli, deploy
 from fedpeft.config import load
 from server import certs, launch
 from server.folder import alone, create
@@ -100,3 +100,31 @@ def test_what_cannot_go_on_is_told_before_anything_is_handed_over(
         assert resumed(tmp_path, place, monkeypatch) == 2
     assert "this run goes on in another process" in capsys.readouterr().err
     assert not list((tmp_path / "s").glob("run.toml"))
+
+
+def test_ctrl_c_leaves_the_run_going_and_says_where_to_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    begun(place := tmp_path / "s" / "runs" / "one", f"run.dir={place}")
+    monkeypatch.setattr(launch, "submit", lambda *_: 7)
+    monkeypatch.setattr(deploy, "_follow", stopped)
+    assert resumed(tmp_path, place, monkeypatch) == 0
+    said = capsys.readouterr().out
+    assert "the run goes on: `fedpeft status -c" in said
+    assert f"`fedpeft report {place}`" in said
+
+
+@pytest.mark.parametrize("there", [0, 1, 2])
+def test_who_follows_a_run_hears_of_nodes_that_it_waits_for(
+    there: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    states = iter([("running", ""), ("finished:failed", "over")])
+    monkeypatch.setattr(deploy, "QUIET", 0.0)
+    monkeypatch.setattr(launch, "state_of", lambda *_: next(states))
+    monkeypatch.setattr(launch, "nodes", lambda _: [{"status": "online"}] * there + [{"status": "offline"}])
+    with pytest.raises(OSError, match="over"):
+        deploy._follow(launch.ServerFile(tmp_path, 2), 7, tmp_path)
+    assert ("nodes are connected" in capsys.readouterr().out) == (there < 2)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments.progress import crossed, payloads
+from experiments.progress import Progress, crossed, payloads
 
 pytestmark = pytest.mark.fast
 ROUND = {"bytes_up": 100, "bytes_raw_up": 2000, "bytes_down": 400, "bytes_raw_down": 800, "entropy_up": 80}
@@ -42,3 +42,12 @@ def test_what_was_not_measured_at_the_socket_is_no_number():
         ("at the socket down", "not measured"),
     ]
     assert crossed([ROUND]) == crossed([]) == [("at the socket up", "not measured"), ("at the socket down", "not measured")]
+
+
+def test_a_part_of_a_run_says_that_it_begins_or_what_of_it_is_there(capsys: pytest.CaptureFixture[str]):
+    progress = Progress(silent=False)
+    progress.begin("run", 0, 4)
+    progress.begin("run", 4, 4)
+    progress.begin("head-only baseline", 0, 4)
+    Progress(silent=True).begin("head-only baseline", 0, 4)
+    assert capsys.readouterr().out.splitlines() == ["run: 4 of 4 rounds are there", "head-only baseline: 4 rounds"]
