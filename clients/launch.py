@@ -95,10 +95,14 @@ def up(path: Path, site: SiteFile) -> list[str]:
     variables["PATH"] = f"{own_code(state)}{os.pathsep}{variables['PATH']}"
     started = []
     command = [sys.executable, "-c", "from fedpeft.cli import main; main()", "client", "worker", "--config", str(path.resolve())]
+    begun = state / "begun.yaml"  # the file as the worker read it
     if processes.start("worker", command + ["--insecure"] * site.insecure, variables):
         started.append("worker")
+        begun.write_bytes(path.read_bytes())
         _wait(processes, site.socket)
-    until = time.monotonic() + MISSED
+    elif begun.exists() and begun.read_bytes() != path.read_bytes():
+        log.warning("%s has changed since the worker began: `fedpeft client down`, then `fedpeft client up` make it count", path)
+    until, warned = time.monotonic() + MISSED, False
     while processes.running("supernode") is None:
         before = len(processes.said("supernode"))
         processes.start("supernode", supernode(site), variables)
@@ -108,9 +112,12 @@ def up(path: Path, site: SiteFile) -> list[str]:
             raise ConfigError(why)
         if time.monotonic() > until:
             raise ConfigError(
-                f"the SuperNode ended: {processes.last_words('supernode')}\nIf it was not let in: is its key registered at the server?"
+                f"the SuperNode ended: {processes.last_words('supernode')}\nIf it was not let in: is its key registered at the server, and "
+                "not shut out (`fedpeft status` there has the names)?"
             )
-        log.warning("the server does not let the SuperNode in; one that was killed it still waits for, a minute at most")
+        if not warned:
+            log.warning("the server does not let the SuperNode in; one that was killed it still waits for, a minute at most: trying again")
+            warned = True
         time.sleep(AGAIN)
     return started
 

@@ -173,6 +173,8 @@ def serve(worker: Worker, path: Path) -> None:
 def _talk(worker: Worker, link: socket.socket) -> None:
     link.settimeout(SILENCE)
     try:
+        if not link.recv(1, socket.MSG_PEEK):
+            return  # somebody looked whether this worker answers
         head, payload = frames.receive(link)
         made, data = worker.answer(head, payload)
         frames.send(link, made, data)

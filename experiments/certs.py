@@ -1,11 +1,6 @@
 """`fedpeft certs`: make, renew and look at what a deployment's server and clients prove themselves with, and let clients in."""
 
-import json
-import os
 import stat
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -29,9 +24,10 @@ from server.certs import (
     hosts_of,
     make_client,
     read_certificate,
-    read_public_key,
 )
 from server.certs import renew as sign_again
+from server.control import control as open_control
+from server.control import key_of
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Certificates and keys of a deployment; docs/deploy.md has the tour.")
 
@@ -114,11 +110,18 @@ def register(
       fedpeft certs register certs north south
     """
     with _taught():
-        for name in names:  # all are looked at before the first is let in
-            read_public_key(folder / f"{name}.pub")
+        keys = {name: key_of(folder / f"{name}.pub") for name in names}  # all are looked at before the first is let in
         read_certificate(folder / CA)
-    for name in names:
-        print(f"{name}: {_registered(folder, name, control)}")
+    with open_control(control, folder / CA) as link:
+        known = {node.key: node for node in link.nodes()}
+        for name, key in keys.items():
+            node = known.get(key)
+            if node is None:
+                print(f"{name}: registered, node {link.register(folder / f'{name}.pub')}")
+            elif node.status == "unregistered":
+                raise ConfigError(f"{name} was shut out, and its key stays out: `fedpeft certs client --force` makes another pair")
+            else:
+                print(f"{name}: registered before, node {node.number}")
 
 
 def _files(folder: Path) -> list[Path]:
@@ -143,32 +146,6 @@ def _row(path: Path) -> tuple[str, str, str, str]:
         ends = f"{certificate.not_valid_after_utc:%Y-%m-%d}"
         return "certificate", certificate.subject.rfc4514_string().removeprefix("CN="), ", ".join(hosts_of(certificate)), ends
     return ("public key" if path.suffix == ".pub" else "private key"), "", "", ""
-
-
-def _registered(folder: Path, name: str, control: str) -> str:
-    """What came of registering, in words: by Flower's own command, with a home of its own, so that the user's is left alone."""
-    with tempfile.TemporaryDirectory() as home:
-        connection = f"address = {json.dumps(control)}\nroot-certificates = {json.dumps(str((folder / CA).absolute()))}\n"
-        (Path(home) / "config.toml").write_text(f'[superlink]\ndefault = "fedpeft"\n[superlink.fedpeft]\n{connection}')
-        done = subprocess.run(
-            [sys.executable, "-m", "flwr.cli.app", "supernode", "register", str((folder / f"{name}.pub").absolute()), "fedpeft",
-             "--name", name, "--format", "json"],
-            cwd=home, env=os.environ | {"FLWR_HOME": home, "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"},
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
-    try:
-        said = json.loads(done.stdout)
-    except json.JSONDecodeError:
-        raise OSError(f"{name} was not registered; Flower says: {(done.stderr or done.stdout).strip()}") from None
-    if said.get("success"):
-        return f"registered, node {said['node-id']}"
-    fault = str(said.get("error-message", "")).strip()
-    if "Public key already in use" in fault:
-        return "registered before (a key that was unregistered since stays shut out: make another pair)"
-    raise OSError(
-        f"{name} was not registered: does `fedpeft server up` run, is {control} its control address, and was its certificate signed by "
-        f"{folder / CA}? Flower says: {fault.splitlines()[-1] if fault else done.stderr.strip()}"
-    )
 
 
 @contextmanager

@@ -19,15 +19,17 @@ from fedpeft.ledger import Ledger
 from fedpeft.processes import Processes
 from server import certs
 from server import launch as server_side
+from server.control import Control, Node
 
 server = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="The server of a federation on real hosts.")
 client = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="One client of a federation on real hosts.")
 ServerConfig = Annotated[Path, typer.Option("--config", "-c", help="server.yaml")]
 SiteConfig = Annotated[Path, typer.Option("--config", "-c", help="site.yaml")]
+log = logging.getLogger("fedpeft")
 Insecure = Annotated[bool, typer.Option("--insecure", help="Without TLS and keys: on loopback alone.")]
 LOST = 300.0  # seconds that the SuperLink may be gone, while somebody starts it again: the run outlives it
-QUIET = 10.0  # seconds without a round after which Flower is asked whether the run still goes on
-SHARE = 0.1  # of the time that passes, at most, goes into asking: a question costs seconds of a core, on a busy machine more
+SOON = 1.0  # seconds between two questions once the adapter is there
+QUIET = 5.0  # seconds without a round after which the SuperLink is asked whether the run still goes on
 
 
 @server.command("up")
@@ -35,7 +37,10 @@ def server_up(config: ServerConfig = Path("server.yaml"), insecure: Insecure = F
     """Start the server in the background: clients can connect. What runs already is left alone."""
     told = server_side.read(config, insecure=insecure)
     _check_certificates(told.insecure, told.tls.ca, told.tls.cert)
-    _say_started(server_side.up(told), told.state)
+    started, let_in = server_side.up(told)
+    _say_started(started, told.state)
+    if let_in:
+        print(f"let in: {', '.join(let_in)}")
 
 
 @server.command("down")
@@ -51,28 +56,79 @@ def server_run(
     insecure: Insecure = False,
     resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.", show_default=False)] = None,
 ) -> None:
-    """Start a run on all clients and follow it. Ctrl-C stops following, not the run.
+    """Start a run on all clients and follow it. Ctrl-C stops following, not the run, which --resume follows again.
 
     \b
     Examples:
       fedpeft server run rounds=20 strategy=ffa
       fedpeft server run --resume state/runs/2026-01-31-120000
     """
-    told = server_side.read(config, insecure=insecure)
+    told, number = server_side.read(config, insecure=insecure), None
     if resume is not None:
         if overrides:
             raise ConfigError(f"--resume takes the config of {resume} as it is; leave out {' '.join(overrides)}, or begin another run")
         folder = resume.resolve()
         words = _begun(folder)
+        server_side.check(told, words)
+        number = _live(told, folder)
     else:
         folder = told.state / "runs" / f"{datetime.now():%Y-%m-%d-%H%M%S}"
         words = server_side.words_of(told, overrides or [], folder)
-    number = server_side.submit(told, words)
-    print(f"run {number}, in {folder}", flush=True)
-    try:
-        _follow(told, number, folder)
-    except KeyboardInterrupt:
-        print(f"the run goes on: `fedpeft status -c {config}` shows it, `fedpeft report {folder}` writes its page when it has ended")
+        server_side.check(told, words)
+    with server_side.control_of(told) as link:
+        for other in [run for run in link.runs() if run.live and run.folder != folder]:
+            log.warning(
+                "run %d goes on at the same time (%s): a client loads model and data again whenever it changes from one run to the other; "
+                "`fedpeft server stop` ends runs", other.number, other.folder,
+            )  # fmt: skip
+        goes_on = " goes on" if number else ""
+        number = number or server_side.submit(told, words)
+        print(f"run {number}{goes_on}, in {folder}", flush=True)
+        try:
+            _follow(told, link, number, folder)
+        except KeyboardInterrupt:
+            print(f"the run goes on: `fedpeft server run --resume {folder}` follows it again, `fedpeft server stop` ends it")
+
+
+@server.command("stop")
+def server_stop(config: ServerConfig = Path("server.yaml"), insecure: Insecure = False) -> None:
+    """End the run that goes on. What it has reached stays in its folder, and `server run --resume` goes on with it."""
+    with server_side.control_of(server_side.read(config, insecure=insecure)) as link:
+        live = [run for run in link.runs() if run.live]
+        for run in live:
+            link.stop(run.number)
+            print(f"stopped: run {run.number}, in {run.folder}")
+    if not live:
+        print("no run goes on")
+
+
+@server.command("unregister")
+def server_unregister(
+    names: Annotated[list[str], typer.Argument(help="Of clients: their .pub's names, or their nodes' numbers.")],
+    config: ServerConfig = Path("server.yaml"),
+    insecure: Insecure = False,
+) -> None:
+    """Shut clients out. Their SuperNodes end, and their keys stay out for as long as the database is kept.
+
+    \b
+    Example:
+      fedpeft server unregister north
+    """
+    told = server_side.read(config, insecure=insecure)
+    with server_side.control_of(told) as link:
+        nodes = [node for node in link.nodes() if node.status != "unregistered"]
+        chosen = [(name, [node for node in nodes if name in (node.name, str(node.number))]) for name in names]
+        for name, found in chosen:
+            if not found:
+                raise ConfigError(f"{name} is not let in; there are {_shown(_names(nodes))}")
+            if len(found) > 1:
+                raise ConfigError(f"{name} is the name of nodes {', '.join(str(node.number) for node in found)}: say which, by its number")
+        for name, (node,) in chosen:
+            link.unregister(node.number)
+            print(f"{name}: shut out, node {node.number}")
+    for path in told.keys:
+        if path.stem in names:
+            print(f"take {path} away, else `server up` warns of it")
 
 
 @client.command("up")
@@ -112,25 +168,47 @@ def status(
         return
     for name, value in found.items():
         print(f"{name:<11} {'not measured' if value is None and name.startswith('socket') else _shown(value)}")
+    if not found["running"]:
+        side = "client" if "client" in found else "server"
+        print(f"advice: nothing runs here; `fedpeft {side} up -c {config}` starts it")
 
 
 def _of_server(config: Path, insecure: bool) -> dict[str, Any]:
     told = server_side.read(config, insecure=insecure)
-    running = _running(Processes(told.state))
-    found: dict[str, Any] = {"running": running}
-    if "superlink" in running:
-        found |= {"nodes": _online(told), "clients": told.clients}
-    runs = sorted((told.state / "runs").glob("*/ledger.jsonl"), key=lambda path: path.stat().st_mtime)
-    if runs and (entries := Ledger(runs[-1]).entries()):
-        last = entries[-1]
-        found |= {"run": str(runs[-1].parent), "round": int(str(last["round"])) + 1, "accuracy": last["accuracy"]}
-        for way in ("up", "down"):
-            counts = [entry.get(f"socket_{way}") for entry in entries]
-            whole = None if None in counts else sum(int(str(count)) for count in counts)
-            sent = int(str(last[f"total_{way}"]))
-            found |= {f"bytes_{way}": sent, f"socket_{way}": whole, f"ratio_{way}": None if whole is None or not sent else whole / sent}
-        found |= {"epsilon": last["epsilon"], "faults": last["faults"]}
+    found: dict[str, Any] = {"running": _running(Processes(told.state))}
+    runs = []
+    if "superlink" in found["running"]:
+        with server_side.control_of(told) as link:
+            nodes, runs = [node for node in link.nodes() if node.status != "unregistered"], link.runs()
+        online = [node for node in nodes if node.status == "online"]
+        found |= {"nodes": len(online), "clients": told.clients, "online": _names(online)}
+        found |= {"offline": _names([node for node in nodes if node not in online])}
+    if runs and (folder := runs[-1].folder) is not None:
+        found |= {"run": str(folder), "state": runs[-1].status} | ({"reason": runs[-1].why} if runs[-1].why else {})
+    else:  # what the database does not have, or cannot be asked for
+        folder = max((told.state / "runs").glob("*"), key=lambda path: path.stat().st_mtime, default=None)
+        found |= {} if folder is None else {"run": str(folder)}
+    if folder is not None:
+        found |= _reached(Ledger(folder / "ledger.jsonl").entries())
     return found
+
+
+def _reached(entries: list[dict[str, Any]]) -> dict[str, Any]:
+    """What a run's ledger says so far."""
+    if not entries:
+        return {"round": 0}
+    last = entries[-1]
+    found = {"round": int(str(last["round"])) + 1, "accuracy": last["accuracy"]}
+    for way in ("up", "down"):
+        counts = [entry.get(f"socket_{way}") for entry in entries]
+        whole = None if None in counts else sum(int(str(count)) for count in counts)
+        sent = int(str(last[f"total_{way}"]))
+        found |= {f"bytes_{way}": sent, f"socket_{way}": whole, f"ratio_{way}": None if whole is None or not sent else whole / sent}
+    return found | {"epsilon": last["epsilon"], "faults": last["faults"]}
+
+
+def _names(nodes: list[Node]) -> list[str]:
+    return sorted(node.name or str(node.number) for node in nodes)
 
 
 def _of_client(config: Path, insecure: bool) -> dict[str, Any]:
@@ -148,7 +226,7 @@ def _running(processes: Processes) -> dict[str, int]:
 
 def _begun(folder: Path) -> list[str]:
     """The overrides that the run in `folder` began with, for clients know it by these. Raises `ConfigError` if it cannot go on."""
-    from server.folder import alone, reopen
+    from server.folder import reopen
 
     words = [str(word) for word in reopen(folder)[0].manifest()["overrides"]]
     begun = [word.removeprefix("run.dir=") for word in words if word.startswith("run.dir=")]
@@ -156,15 +234,28 @@ def _begun(folder: Path) -> list[str]:
         raise ConfigError(f"{folder} holds a simulation; go on with `fedpeft run --resume {folder}`")
     if Path(begun[-1]).resolve() != folder:
         raise ConfigError(f"{folder} is not where this run was begun: move it back to {begun[-1]}")
-    with alone(folder):
-        return words
+    return words
 
 
-def _follow(told: server_side.ServerFile, number: int, folder: Path) -> None:
+def _live(told: server_side.ServerFile, folder: Path) -> int | None:
+    """The number of the run that writes into the folder now; None if nobody does."""
+    from server.folder import alone
+
+    try:
+        with alone(folder):
+            return None
+    except ConfigError:
+        with server_side.control_of(told) as link:
+            found = [run.number for run in link.runs() if run.live and run.folder == folder]
+        if not found:
+            raise
+        return found[-1]
+
+
+def _follow(told: server_side.ServerFile, link: Control, number: int, folder: Path) -> None:
     """Prints each round until the run has ended. Raises `OSError` if it failed."""
     ledger, said, ended = Ledger(folder / "ledger.jsonl"), -1, False
-    asked = there = time.monotonic()  # when Flower was asked or a round came; when one of them last answered
-    patience = QUIET
+    asked = there = time.monotonic()  # when the SuperLink was asked or a round came; when one of them last answered
     while True:
         for entry in ledger.entries():
             if int(str(entry["round"])) > said:
@@ -174,31 +265,27 @@ def _follow(told: server_side.ServerFile, number: int, folder: Path) -> None:
         if ended:
             break
         finished = (folder / "adapter" / "README.md").exists()
-        if finished or time.monotonic() - asked > patience:
+        if time.monotonic() - asked > (SOON if finished else QUIET):
             asked = time.monotonic()
             try:
-                state, why = server_side.state_of(told, number)
-                if said < 0 and not state.startswith("finished") and (count := _online(told)) < told.clients:
+                run = link.run(number)
+                if said < 0 and run.live and (count := sum(node.status == "online" for node in link.nodes())) < told.clients:
                     print(f"{count} of {told.clients} nodes are connected; the run waits for the others", flush=True)
-            except ConfigError:
+            except OSError:
                 if asked - there > LOST:
                     raise
                 continue
             there = time.monotonic()
-            asked, patience = there, max(QUIET, (there - asked) / SHARE)
-            ended = state.startswith("finished")
-            if ended and state != "finished:completed":
-                log = f"`FLWR_HOME={told.state / 'flwr'} flwr log {number} local --show` has its log"
+            ended = not run.live
+            if ended and run.status != "finished:completed":
+                why = run.why or ("`fedpeft server stop` ended it" if run.status == "finished:stopped" else "it gave no reason")
+                log_of = f"`FLWR_HOME={told.state / 'flwr'} flwr log {number} local --show` has its log"
                 again = f"; `fedpeft server run --resume {folder}` goes on" if (folder / "manifest.json").exists() else ""
-                raise OSError(f"{why or 'it gave no reason'}\nthe run ended as {state}; {log}{again}")
+                raise OSError(f"{why}\nthe run ended as {run.status}; {log_of}{again}")
         time.sleep(0.25)
     for name, text in (*payloads(ledger.entries()), *crossed(ledger.entries())):
         print(f"{name:<19} {text}")
     print(f"finished: {folder / 'adapter'}, {write_report(folder, read_result(folder))}")
-
-
-def _online(told: server_side.ServerFile) -> int:
-    return sum(node["status"] == "online" for node in server_side.nodes(told))
 
 
 def _line(entry: dict[str, Any]) -> str:
@@ -231,4 +318,8 @@ def _say_started(names: list[str], state: Path) -> None:
 
 
 def _shown(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {one}" for name, one in value.items()) or "none"
+    if isinstance(value, list):
+        return ", ".join(map(_shown, value)) or "none"
     return f"{value:.4f}" if isinstance(value, float) else str(value)

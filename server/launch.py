@@ -3,17 +3,17 @@
 With the SuperExec apart and a database, a SuperLink that is killed and started again goes on with its run.
 """
 
-import hashlib
 import json
+import logging
 import secrets
 import shlex
 import socket
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from fedpeft.config import ConfigError, app_folder, load
 from fedpeft.deployment import (
@@ -28,14 +28,15 @@ from fedpeft.deployment import (
     state_folder,
     tls_of,
 )
-from fedpeft.ledger import write_text
 from fedpeft.processes import Processes
+from server.control import Control, control, key_of
 from server.sockets import FLEET_PORT
 
 POLL = 0.25  # seconds between two looks for a run to start; Flower's own is 1
 READY = 60.0  # seconds until the SuperLink listens
 FREED = 5.0  # seconds until the port of one that was killed is free
 LINK = "local"  # what Flower's command line calls this SuperLink
+log = logging.getLogger("fedpeft")
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,13 @@ def read(path: Path, *, insecure: bool = False) -> ServerFile:
     return server
 
 
-def up(server: ServerFile) -> list[str]:
-    """Starts what does not run, and lets the clients' keys in; gives the names of what it started."""
+def up(server: ServerFile) -> tuple[list[str], list[str]]:
+    """Starts what does not run, and lets the clients' keys in; gives the names of what it started, and of the clients it let in."""
+    for path in () if server.insecure else server.keys:
+        try:
+            key_of(path)
+        except ValueError as fault:
+            raise ConfigError(f"keys: {fault}") from fault
     state = state_folder(server.state)
     processes, variables = Processes(state), _environment(server)
     secret = state / "superexec.secret"  # only our SuperExec may take a run's work: other users of this machine reach the port, too
@@ -80,8 +86,6 @@ def up(server: ServerFile) -> list[str]:
         secret.write_bytes(secrets.token_bytes(32))
     (state / "flwr" / "config.toml").write_text(_connection(server))
     started = []
-    if not (state / "superlink.db").exists():
-        (state / "registered.txt").unlink(missing_ok=True)
     if processes.running("superlink") is None:
         _check_free(server)
         processes.start("superlink", superlink(server, secret), variables)
@@ -89,11 +93,9 @@ def up(server: ServerFile) -> list[str]:
     _wait(processes, server)
     if processes.start("superexec", superexec(server, secret), variables):
         started.append("superexec")
-    if not server.insecure:
-        _let_in(server)
     if not is_loopback(host_and_port(server.control, "control")[0]):
-        started.append("NOTE: whoever reaches control can run code here and at all clients; let a firewall or VPN guard it")
-    return started
+        log.warning("whoever reaches control=%s can run code here and at all clients; let a firewall or VPN guard it", server.control)
+    return started, [] if server.insecure else _let_in(server)
 
 
 def superlink(server: ServerFile, secret: Path) -> list[str]:
@@ -127,63 +129,55 @@ def words_of(server: ServerFile, overrides: Sequence[str], folder: Path) -> list
     return [f"clients={server.clients}", *words, f"run.dir={folder}"]
 
 
-def submit(server: ServerFile, words: Sequence[str]) -> int:
-    """Hands a run to the SuperLink; gives its number. Clients know a run by these very words: a resumed one has them again."""
+def check(server: ServerFile, words: Sequence[str]) -> None:
+    """Raises `ConfigError` if there is no run of these words, or none with this server's clients."""
     config = load(words)
     if config.clients != server.clients:
         raise ConfigError(
             f"clients={config.clients}: server.yaml has clients: {server.clients}, each with a key of its own; change it there"
         )
+
+
+def submit(server: ServerFile, words: Sequence[str]) -> int:
+    """Hands a run to the SuperLink; gives its number. Clients know a run by these very words: a resumed one has them again."""
     text = " ".join(shlex.quote(word) for word in words)
     said = server.state / "run.toml"
     said.write_text(f"overrides = {json.dumps(text)}\n")
     bundle = app_folder() / "experiments" / "bundle"
-    found = _flwr(server, "run", str(bundle), LINK, "--run-config", str(said), "--format", "json")
-    return int(found["run-id"])
-
-
-def state_of(server: ServerFile, run: int) -> tuple[str, str]:
-    """What Flower says of a run, and why: pending, starting, running, finished:completed, finished:failed, finished:stopped."""
-    found = _flwr(server, "list", LINK, "--run-id", str(run), "--format", "json")["runs"][0]
-    return str(found["status"]), str(found.get("status-details") or "").removeprefix("ServerApp failed with exception: ")
-
-
-def nodes(server: ServerFile) -> list[dict[str, Any]]:
-    """The SuperNodes that the SuperLink knows."""
-    return list(_flwr(server, "supernode", "list", LINK, "--format", "json")["nodes"])
-
-
-def _let_in(server: ServerFile) -> None:
-    """Registers every key that the database does not have; it is Flower's command once for each."""
-    noted = server.state / "registered.txt"  # Flower lists nodes, but not whose keys they have
-    known = noted.read_text().splitlines() if noted.exists() else []
-    for key in server.keys:
-        digest = hashlib.sha256(key.read_bytes()).hexdigest()
-        if digest in known:
-            continue
-        try:
-            _flwr(server, "supernode", "register", str(key), LINK, "--name", key.stem, "--format", "json")
-        except ConfigError as fault:
-            if "already in use" not in str(fault):
-                raise
-        known.append(digest)
-        write_text(noted, "\n".join(known) + "\n")
-
-
-def _flwr(server: ServerFile, *words: str) -> dict[str, Any]:
-    """What Flower's command line answers. Raises `ConfigError` with what it says."""
-    done = subprocess.run(
-        [program("flwr"), *words], env=_environment(server), cwd=server.state, capture_output=True, text=True, check=False
-    )  # fmt: skip
+    command = [program("flwr"), "run", str(bundle), LINK, "--run-config", str(said), "--format", "json"]
+    done = subprocess.run(command, env=_environment(server), cwd=server.state, capture_output=True, text=True, check=False)
     begins = done.stdout.find("{")
     try:
         found = json.JSONDecoder().raw_decode(done.stdout, begins)[0] if begins >= 0 else {}
     except json.JSONDecodeError:
         found = {}
-    if done.returncode or not found or found.get("success") is False:
-        why = found.get("error-message") or (done.stderr or done.stdout).strip()[-600:]
-        raise ConfigError(f"flwr {' '.join(words[:2])}: {why}")
-    return dict(found)
+    if done.returncode or "run-id" not in found:
+        raise OSError(f"flwr run: {found.get('error-message') or (done.stderr or done.stdout).strip()[-600:]}")
+    return int(found["run-id"])
+
+
+@contextmanager
+def control_of(server: ServerFile) -> Iterator[Control]:
+    """Its control port, to ask."""
+    with control(_reached(server.control), None if server.insecure else server.tls.ca) as made:
+        yield made
+
+
+def _let_in(server: ServerFile) -> list[str]:
+    """Registers every key that the SuperLink does not have; gives their names."""
+    with control_of(server) as link:
+        known, made = {node.key: node for node in link.nodes()}, []
+        for path in server.keys:
+            node = known.get(key_of(path))
+            if node is None:
+                link.register(path)
+                made.append(path.stem)
+            elif node.status == "unregistered":
+                log.warning(
+                    "%s was shut out, and its key stays out: take %s away, or let it make another pair (`fedpeft certs client --force`)",
+                    path.stem, path,
+                )  # fmt: skip
+    return made
 
 
 def _environment(server: ServerFile) -> Mapping[str, str]:
@@ -192,16 +186,22 @@ def _environment(server: ServerFile) -> Mapping[str, str]:
 
 def _connection(server: ServerFile) -> str:
     trust = "insecure = true" if server.insecure else f"root-certificates = {json.dumps(str(server.tls.ca))}"
-    return f'[superlink]\ndefault = "{LINK}"\n[superlink.{LINK}]\naddress = "{server.control}"\n{trust}\n'
+    return f'[superlink]\ndefault = "{LINK}"\n[superlink.{LINK}]\naddress = "{_reached(server.control)}"\n{trust}\n'
 
 
 def _addresses(server: ServerFile) -> list[tuple[str, str, int]]:
     """(field, host to call from here, port) of what the SuperLink listens at."""
     made = []
     for where, address in (("control", server.control), ("fleet", server.fleet)):
-        host, port = host_and_port(address, where)
-        made.append((where, "127.0.0.1" if host in ("0.0.0.0", "::") else host, port))
+        host, _, port = _reached(address).rpartition(":")
+        made.append((where, host.strip("[]"), int(port)))
     return made
+
+
+def _reached(address: str) -> str:
+    """The address as it is called from this host."""
+    host, port = host_and_port(address, "address")
+    return f"127.0.0.1:{port}" if host in ("0.0.0.0", "::") else address
 
 
 def _check_free(server: ServerFile) -> None:

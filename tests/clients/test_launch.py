@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from clients import launch
 from clients.launch import REFUSED, SiteFile, _refused, own_code, read, supernode
 from clients.policy import Policy
 from fedpeft.config import ConfigError, load
 from fedpeft.deployment import Tls
+from fedpeft.processes import Processes
 
 
 def written(folder: Path, text: str) -> Path:
@@ -105,6 +107,30 @@ def test_a_supernode_finds_no_program_that_would_run_the_servers_code(tmp_path: 
         done = subprocess.run([folder / name, "--token", "x"], capture_output=True, text=True, check=False)
         assert done.returncode == 1
         assert "nothing but its own ClientApp" in done.stderr
+
+
+@pytest.mark.fast
+def test_up_says_that_what_a_site_file_says_now_is_not_what_the_worker_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = written(tmp_path, "client: 0\nstate: s\ninsecure: true")
+    site, runs = read(path), set[str]()
+
+    def start(_: Processes, name: str, *__: object) -> bool:
+        begun = name not in runs
+        runs.add(name)
+        return begun
+
+    monkeypatch.setattr(Processes, "start", start)
+    monkeypatch.setattr(Processes, "running", lambda _, name: 5 if name in runs else None)
+    monkeypatch.setattr(launch, "answers", lambda _: True)
+    monkeypatch.setattr(launch, "_ended", lambda *_: False)
+    assert launch.up(path, site) == ["worker", "supernode"]
+    assert launch.up(path, site) == []
+    assert not caplog.records
+    path.write_text("client: 0\nstate: s\ninsecure: true\npolicy: {rounds: 5}")
+    assert launch.up(path, read(path)) == []
+    assert f"{path} has changed since the worker began" in caplog.text
 
 
 @pytest.mark.fast

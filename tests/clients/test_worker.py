@@ -14,7 +14,7 @@ from clients import frames
 from clients.engine import Engine
 from clients.faults import Told
 from clients.forward import plain
-from clients.launch import SiteFile
+from clients.launch import SiteFile, answers
 from clients.memory import Memory
 from clients.policy import Policy
 from clients.site import site_of
@@ -234,6 +234,16 @@ def served(tmp_path: Path) -> Path:
 def test_only_its_user_can_open_the_socket(served: Path) -> None:
     assert stat.S_IMODE(served.stat().st_mode) == 0o600
     assert stat.S_ISSOCK(served.stat().st_mode)
+
+
+def test_who_only_looks_whether_it_answers_is_not_taken_for_a_lost_message(served: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert answers(served)
+    with socket.socket(socket.AF_UNIX) as link:  # one after the other: the first is over when this one is answered
+        link.settimeout(20)
+        link.connect(str(served))
+        frames.send(link, {"kind": "hello"})
+        frames.receive(link)
+    assert "a message was lost" not in caplog.text
 
 
 def test_who_hangs_up_or_talks_nonsense_does_not_end_it(served: Path) -> None:

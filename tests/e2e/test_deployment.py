@@ -114,10 +114,13 @@ def test_a_deployed_run_gives_the_adapter_of_fedpeft_run_though_a_worker_is_kill
 
     told = json.loads(federation.call("status", "-c", "server.yaml", "--json"))
     assert (told["nodes"], told["clients"], told["round"], told["epsilon"]) == (CLIENTS, CLIENTS, 3, None)
+    assert (told["online"], told["offline"], told["state"]) == (["site0", "site1", "site2"], [], "finished:completed")
     assert told["socket_up"] == sum(entry["socket_up"] for entry in entries) > told["bytes_up"] > 0
     site = json.loads(federation.call("status", "-c", federation.site(0), "--json"))
     assert (site["messages"], site["round"], site["fault"]) == (4, 3, None)
     assert not (federation.state(0) / "flwr" / "apps").exists(), "a site runs its own code, not what came with the run"
+
+    _stopped_followed_and_resumed(federation, entries[0])
 
     pids = [json.loads(path.read_text())["pid"] for path in federation.folder.glob("*/*.pid")]
     assert len(pids) == 2 + 2 * CLIENTS
@@ -126,6 +129,42 @@ def test_a_deployed_run_gives_the_adapter_of_fedpeft_run_though_a_worker_is_kill
     while any(_lives(federation.folder)):
         assert time.monotonic() < until, list(_lives(federation.folder))
         time.sleep(0.1)
+
+
+def _stopped_followed_and_resumed(federation: Federation, first: dict[str, object]) -> None:
+    """Another run: who followed it goes away, somebody follows it again, it is stopped, and goes on; then a client is shut out."""
+    with subprocess.Popen([FEDPEFT, "server", "run", "rounds=5"], cwd=federation.folder, stdout=subprocess.PIPE, text=True) as following:
+        assert following.stdout is not None
+        place = following.stdout.readline().strip().partition(", in ")[2]
+        assert "round 1" in following.stdout.readline()
+        following.send_signal(signal.SIGINT)
+        assert f"--resume {place}` follows it again" in following.stdout.read()
+    resume = [FEDPEFT, "server", "run", "--resume", place]
+    with subprocess.Popen(resume, cwd=federation.folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as following:
+        assert following.stdout is not None
+        assert "goes on, in" in following.stdout.readline()
+        assert "round 1" in following.stdout.readline(), "it has all rounds, not those to come alone"
+        assert federation.call("server", "stop").startswith("stopped: run ")
+        rest = following.stdout.read()
+        assert following.wait(300) == 1
+    assert "`fedpeft server stop` ended it\nfedpeft: the run ended as finished:stopped" in rest
+    assert "round 5" not in rest
+    assert federation.call("server", "stop") == "no run goes on\n"
+    told = json.loads(federation.call("status", "-c", "server.yaml", "--json"))
+    assert (told["run"], told["state"], told["round"] < 5) == (place, "finished:stopped", True)
+    said = federation.call("server", "run", "--resume", place)
+    assert said.startswith("run ")
+    assert "goes on, in" not in said
+    assert "round 5" in said
+    assert "finished: " in said
+    entries = [json.loads(line) for line in (Path(place) / "ledger.jsonl").read_text().splitlines()]
+    assert [entry["round"] for entry in entries] == list(range(5))
+    assert entries[0]["loss"] == first["loss"]
+
+    assert federation.call("server", "unregister", "site2").startswith("site2: shut out, node ")
+    told = json.loads(federation.call("status", "-c", "server.yaml", "--json"))
+    assert told["online"] == ["site0", "site1"]
+    assert "site2 was shut out, and its key stays out" in federation.call("server", "up")
 
 
 def _lives(folder: Path) -> Iterator[str]:

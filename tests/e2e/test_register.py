@@ -14,6 +14,8 @@ import grpc
 import pytest
 
 from server.certs import CA, SERVER, SERVER_KEY, create, make_client
+from server.control import control as open_control
+from server.control import key_of
 
 BIN = Path(sys.executable).parent
 
@@ -71,14 +73,29 @@ def test_clients_are_let_in_once_and_only_by_who_trusts_the_server(superlink: tu
     assert re.fullmatch(r"north: registered, node \d+\n", said)
     code, said = register(folder, "north", "south", control=control)
     assert code == 0, said
-    assert re.fullmatch(r"north: registered before \(.*\)\nsouth: registered, node \d+\n", said)
+    assert re.fullmatch(r"north: registered before, node \d+\nsouth: registered, node \d+\n", said)
+    with open_control(f"127.0.0.1:{control}", folder / CA) as link:
+        north, south = sorted(link.nodes(), key=lambda node: node.name)
+        assert [(node.name, node.status, node.key) for node in (north, south)] == [
+            (name, "registered", key_of(folder / f"{name}.pub")) for name in ("north", "south")
+        ]
+        link.unregister(north.number)
+        assert {node.name: node.status for node in link.nodes()} == {"north": "unregistered", "south": "registered"}
+        with pytest.raises(OSError, match=r"the SuperLink at control=.*code"):
+            link.register(folder / "north.pub")
+        assert link.runs() == []
+        with pytest.raises(OSError, match=r"the SuperLink at control=.*code"):
+            link.run(5)
+    code, said = register(folder, "north", control=control)
+    assert code == 2
+    assert "north was shut out, and its key stays out" in said
 
     create(tmp_path / "stranger", ["127.0.0.1"], now=datetime.now(UTC))
     make_client(tmp_path / "stranger", "east")
     code, said = register(tmp_path / "stranger", "east", control=control)
     assert code == 1
-    assert "was not registered" in said
-    assert "signed by" in said
+    assert f"no SuperLink answers at control=127.0.0.1:{control}" in said
+    assert "was its certificate signed by" in said
 
     for ca, trusted in ((folder / CA, True), (tmp_path / "stranger" / CA, False)):
         assert connects(fleet, ca) == trusted

@@ -3,14 +3,19 @@
 import shutil
 import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from experiments import cli, deploy
 from fedpeft.config import load
 from server import certs, launch
+from server.control import Control, Node, Run
 from server.folder import alone, create
 
 SERVER = "state: s\nclients: 1\nfleet: 127.0.0.1:{port}\ncontrol: 127.0.0.1:{port}\n"
@@ -97,12 +102,39 @@ def test_what_cannot_go_on_is_told_before_anything_is_handed_over(
         assert resumed(tmp_path, run, monkeypatch, clients) == 2
         assert words in capsys.readouterr().err
     with alone(place):
-        assert resumed(tmp_path, place, monkeypatch) == 2
-    assert "this run goes on in another process" in capsys.readouterr().err
+        assert resumed(tmp_path, place, monkeypatch) == 1
+    assert "no SuperLink answers at control=127.0.0.1:9: does `fedpeft server up` run" in capsys.readouterr().err
     assert not list((tmp_path / "s").glob("run.toml"))
 
 
-def test_ctrl_c_leaves_the_run_going_and_says_where_to_look(
+@dataclass
+class Link:
+    """A control port whose answers are given; `control_of` in its place gives it."""
+
+    told: list[Run]  # one for each time that runs are asked for, the last again and again
+    online: int = 1
+    asked: list[int] = field(default_factory=list)
+
+    @contextmanager
+    def of(self, _: object) -> Iterator["Link"]:
+        yield self
+
+    def runs(self) -> list[Run]:
+        return self.told[:1]
+
+    def run(self, number: int) -> Run:
+        self.asked.append(number)
+        return self.told.pop(0) if len(self.told) > 1 else self.told[0]
+
+    def nodes(self) -> list[Node]:
+        return [Node(1, "a", "online", b"")] * self.online + [Node(2, "b", "offline", b"")]
+
+
+def refused(*_: object) -> int:
+    raise AssertionError("another run was begun")
+
+
+def test_a_run_that_goes_on_is_followed_again_and_ctrl_c_leaves_it_going_and_says_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def stopped(*_: object) -> None:
@@ -110,21 +142,99 @@ def test_ctrl_c_leaves_the_run_going_and_says_where_to_look(
 
     begun(place := tmp_path / "s" / "runs" / "one", f"run.dir={place}")
     monkeypatch.setattr(launch, "submit", lambda *_: 7)
+    monkeypatch.setattr(launch, "control_of", Link([Run(5, "running", "", place)]).of)
     monkeypatch.setattr(deploy, "_follow", stopped)
     assert resumed(tmp_path, place, monkeypatch) == 0
     said = capsys.readouterr().out
-    assert "the run goes on: `fedpeft status -c" in said
-    assert f"`fedpeft report {place}`" in said
+    assert said.startswith(f"run 7, in {place}\n"), "5 is, to a SuperLink that has not missed it, a run whose ServerApp was killed"
+    assert f"`fedpeft server run --resume {place}` follows it again, `fedpeft server stop` ends it" in said
+    monkeypatch.setattr(launch, "submit", refused)
+    with alone(place):
+        assert resumed(tmp_path, place, monkeypatch) == 0
+        assert capsys.readouterr().out.startswith(f"run 5 goes on, in {place}\n")
+        monkeypatch.setattr(launch, "control_of", Link([Run(5, "running", "", tmp_path)]).of)
+        assert resumed(tmp_path, place, monkeypatch) == 2
+    assert "this run goes on in another process" in capsys.readouterr().err
+
+
+def test_who_begins_a_run_beside_another_is_warned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    begun(place := tmp_path / "s" / "runs" / "one", f"run.dir={place}")
+    monkeypatch.setattr(launch, "submit", lambda *_: 7)
+    monkeypatch.setattr(deploy, "_follow", lambda *_: None)
+    for status, warned in (("running", True), ("finished:failed", False)):
+        caplog.clear()
+        monkeypatch.setattr(launch, "control_of", Link([Run(5, status, "", tmp_path / "other")]).of)
+        assert resumed(tmp_path, place, monkeypatch) == 0
+        assert ("run 5 goes on at the same time" in caplog.text) == warned
 
 
 @pytest.mark.parametrize("there", [0, 1, 2])
 def test_who_follows_a_run_hears_of_nodes_that_it_waits_for(
     there: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    states = iter([("running", ""), ("finished:failed", "over")])
     monkeypatch.setattr(deploy, "QUIET", 0.0)
-    monkeypatch.setattr(launch, "state_of", lambda *_: next(states))
-    monkeypatch.setattr(launch, "nodes", lambda _: [{"status": "online"}] * there + [{"status": "offline"}])
+    link = Link([Run(7, "running", "", tmp_path), Run(7, "finished:failed", "over", tmp_path)], online=there)
     with pytest.raises(OSError, match="over"):
-        deploy._follow(launch.ServerFile(tmp_path, 2), 7, tmp_path)
+        deploy._follow(launch.ServerFile(tmp_path, 2), cast("Control", link), 7, tmp_path)
     assert ("nodes are connected" in capsys.readouterr().out) == (there < 2)
+
+
+@pytest.mark.parametrize(("status", "words"), [("stopped", "`fedpeft server stop` ended it"), ("failed", "it gave no reason")])
+def test_how_a_run_ended_is_told_with_where_its_log_is(status: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deploy, "QUIET", 0.0)
+    link = Link([Run(7, f"finished:{status}", "", tmp_path)])
+    with pytest.raises(OSError, match=f"{words}\nthe run ended as finished:{status}; .* flwr log 7 local --show"):
+        deploy._follow(launch.ServerFile(tmp_path, 1), cast("Control", link), 7, tmp_path)
+    assert link.asked == [7]
+
+
+def shown(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str = "server.yaml", *, code: int = 0) -> None:
+    monkeypatch.setattr(sys, "argv", ["fedpeft", "status", "-c", str(folder / name)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == code
+
+
+def test_status_shows_a_run_before_its_first_round_and_one_that_was_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "server.yaml").write_text("state: s\nclients: 2\ninsecure: true\nfleet: 127.0.0.1:9\ncontrol: 127.0.0.1:10\n")
+    shown(tmp_path, monkeypatch)
+    said = capsys.readouterr().out
+    assert "running     none\n" in said
+    assert f"advice: nothing runs here; `fedpeft server up -c {tmp_path / 'server.yaml'}` starts it" in said
+    monkeypatch.setattr(deploy, "_running", lambda _: {"superlink": 5})
+    place = tmp_path / "s" / "runs" / "one"
+    for run, words in (
+        (Run(7, "running", "", place), "state       running\nround       0\n"),
+        (
+            Run(7, "finished:failed", "client 1 does not fit", place),
+            "state       finished:failed\nreason      client 1 does not fit\nround       0",
+        ),
+    ):
+        monkeypatch.setattr(launch, "control_of", Link([run]).of)
+        shown(tmp_path, monkeypatch)
+        said = capsys.readouterr().out
+        assert f"running     superlink 5\nnodes       1\nclients     2\nonline      a\noffline     b\nrun         {place}\n{words}" in said
+
+
+def test_who_is_shut_out_is_named_by_the_key_or_the_node(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "server.yaml").write_text("state: s\nclients: 2\ninsecure: true\nfleet: 127.0.0.1:9\ncontrol: 127.0.0.1:10\n")
+
+    def unregister(names: list[str], online: int = 1) -> tuple[int, str, list[int]]:
+        link, shut = Link([], online=online), list[int]()
+        monkeypatch.setattr(link, "unregister", shut.append, raising=False)
+        monkeypatch.setattr(launch, "control_of", link.of)
+        monkeypatch.setattr(sys, "argv", ["fedpeft", "server", "unregister", *names, "-c", str(tmp_path / "server.yaml")])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        out = capsys.readouterr()
+        return int(str(stop.value.code)), out.out + out.err, shut
+
+    assert unregister(["a", "2"]) == (0, "a: shut out, node 1\n2: shut out, node 2\n", [1, 2])
+    assert unregister(["a", "c"]) == (2, "fedpeft: c is not let in; there are a, b\n", [])
+    assert unregister(["a"], online=2) == (2, "fedpeft: a is the name of nodes 1, 1: say which, by its number\n", [])

@@ -2,13 +2,15 @@
 
 import re
 import shlex
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
 from fedpeft.config import ConfigError
 from fedpeft.deployment import Tls
-from server.launch import ServerFile, read, submit, superexec, superlink, words_of
+from server.certs import create
+from server.launch import ServerFile, check, read, superexec, superlink, up, words_of
 
 TLS = Tls(Path("/ca.crt"), Path("/server.pem"), Path("/server.key"))
 
@@ -82,7 +84,7 @@ def test_the_superexec_shares_the_secret_and_the_authority() -> None:
 def test_a_run_that_cannot_be_is_refused_before_it_is_handed_over(tmp_path: Path, word: str, fault: str) -> None:
     server = ServerFile(tmp_path, 2, tls=TLS)
     with pytest.raises(ConfigError, match=fault):
-        submit(server, words_of(server, [word], tmp_path / "run"))
+        check(server, words_of(server, [word], tmp_path / "run"))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -91,3 +93,15 @@ def test_all_clients_take_part_unless_the_run_says_otherwise() -> None:
     server = ServerFile(Path("/s"), 3, run=("rounds=5",))
     assert words_of(server, ["seed=1"], Path("/r")) == ["clients=3", "cohort=3", "rounds=5", "seed=1", "run.dir=/r"]
     assert words_of(server, ["cohort=2"], Path("/r")) == ["clients=3", "rounds=5", "cohort=2", "run.dir=/r"]
+
+
+@pytest.mark.fast
+def test_a_file_that_is_no_public_key_starts_nothing(tmp_path: Path) -> None:
+    create(tmp_path / "certs", ["localhost"], now=datetime.now(UTC))
+    (tmp_path / "north.pub").write_text("ssh-rsa nonsense")
+    server = read(
+        written(tmp_path, "state: s\nclients: 1\ntls: {ca: certs/ca.crt, cert: certs/server.pem, key: certs/server.key}\nkeys: [north.pub]")
+    )
+    with pytest.raises(ConfigError, match=r"keys: .*north\.pub holds no public key in OpenSSH's format"):
+        up(server)
+    assert not (tmp_path / "s").exists()
