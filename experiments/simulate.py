@@ -1,11 +1,13 @@
 """`fedpeft run`: server and clients in this process, joined by the in-process grid; with the federated head-only baseline beside it."""
 
 import itertools
+import logging
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from clients.lanes import Lanes
@@ -14,12 +16,15 @@ from clients.site import Site, lane_on_gpu, serve, site_of
 from fedpeft import checkpoint
 from fedpeft.config import Config, ConfigError, load
 from fedpeft.data.partition import describe, histogram
-from fedpeft.setting import Setting, open_setting
+from fedpeft.privacy.unit import Example
+from fedpeft.setting import Setting, open_setting, privacy_of
 from fedpeft.simulation import InProcessGrid
 from server.app import Outcome, federate
 from server.canaries import Canaries
 from server.folder import Folder, create, reopen
 
+log = logging.getLogger("fedpeft")
+FEW = 50  # examples of a client that are too few to hide one among
 BASELINE = "head_only"  # the folder of the baseline inside a run's
 Watch = Callable[[str, Config, dict[str, Any]], None]  # (what runs, its config, ledger entry) after each round
 Begin = Callable[[str, int, int], None]  # (what runs, how many rounds it has, how many it will have) before its first
@@ -56,6 +61,8 @@ def simulate(
         folder = create(Path(config.run.dir) if config.run.dir else _unused(config.choices["strategy"]), config, overrides)
     if not (folder.path / "split.json").exists():
         folder.write("split.json", _split(setting))
+    if few := _few(setting):
+        log.warning(few)
     begin("run", _next_round(folder, config), config.rounds)
     main = _drive("run", config, setting, folder, watch, canaries)
     head_only = None
@@ -103,6 +110,17 @@ def _drive(what: str, config: Config, setting: Setting, folder: Folder, watch: W
             except StopIteration as end:
                 outcome: Outcome = end.value
                 return outcome
+
+
+def _few(setting: Setting) -> str | None:
+    """What to expect where single examples are hidden among next to none."""
+    half = int(median(len(rows) for rows in setting.split.clients))
+    if half >= FEW or not isinstance(privacy_of(setting.config), Example):
+        return None
+    return (
+        f"privacy={setting.config.choices['privacy']}: half of the clients have at most {half} examples; noise that hides one of so few "
+        "hides most of what they teach. Clients of some hundreds keep more of it; so does privacy=client, with many clients"
+    )
 
 
 def _next_round(folder: Folder, config: Config) -> int:

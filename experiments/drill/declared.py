@@ -46,8 +46,9 @@ DEPLOYED = (
     Drill("gone", "A client is killed in mid-fit and never comes back", Event("gone", (1, 2, 3)), "Node Unavailable",
           overrides=("deadline=120",)),
     Drill("late", "A client's reply comes after the deadline, in the next round", Event("late"), "no answer within 40 s", overrides=LEFT),
+    # Its own seed: a SuperLink that still holds the very bytes of an update, as after `late`, takes them as sent.
     Drill("slow", "A client's line is so slow that its reply, begun in time, is not whole at the deadline", Event("slow"),
-          "no answer within 40 s", overrides=LEFT),
+          "no answer within 40 s", overrides=(*LEFT, "seed=1")),
     Drill("lost", "A worker's answer is lost on its way to the ClientApp, which asks again", Event("lost")),
     Drill("raises", "A client's training raises", Event("raises"), "out of memory"),
     Drill("stale", "A client answers with its update of the round before", Event("stale"), "its reply is of round 0"),
