@@ -49,7 +49,7 @@ def _numbers() -> str:
 RUN_HELP = f"""Federate an adapter: simulate all clients on this machine.
 
 OVERRIDES are key=value. A family takes the name of a preset; a preset's own fields are set inside it (model.id= data.path=
-data.partition.alpha= adapter.rank= codec.dtype= strategy.mu= mean.trim=). Presets:
+data.partition.alpha= adapter.rank= codec.dtype= strategy.mu= mean.trim=); `fedpeft presets FAMILY` has them all. Presets:
 
 {_presets()}
 
@@ -93,6 +93,22 @@ def run(
         print(json.dumps(result))
     else:
         progress.finish(result)
+
+
+@app.command()
+def presets(
+    words: Annotated[list[str] | None, typer.Argument(help="FAMILY or FAMILY=NAME ...; default all families.", show_default=False)] = None,
+) -> None:
+    """What each family has to choose from, and with FAMILY or FAMILY=NAME the fields inside, their usual values and what they mean.
+
+    \b
+    Examples:
+      fedpeft presets
+      fedpeft presets strategy=fedopt privacy
+    """
+    from experiments.presets import described
+
+    print(described(words or [], CONF))
 
 
 @app.command()
