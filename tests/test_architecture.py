@@ -25,6 +25,7 @@ DOORS = {
         "fedpeft/records.py",
         "fedpeft/simulation.py",
         "server/app.py",
+        "server/control.py",  # the control port: Flower's commands say neither keys nor folders
         "server/exchange.py",
         "server/flower.py",
         "server/polling.py",
