@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import sys
-import textwrap
 import time
 import warnings
 from pathlib import Path
@@ -18,7 +17,8 @@ from rich.console import Console
 
 from experiments import deploy
 from experiments.certs import app as certs
-from fedpeft.config import FAMILIES, ConfigError, app_folder, presets_of
+from experiments.help import CONF, RUN_HELP, SWEEP_HELP
+from fedpeft.config import ConfigError
 
 typer.core.HAS_RICH = False  # else it escapes the brackets of its plain help, too
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -28,42 +28,6 @@ app.add_typer(certs, name="certs")
 app.add_typer(deploy.server, name="server")
 app.add_typer(deploy.client, name="client")
 app.command()(deploy.status)
-CONF = app_folder() / "experiments" / "conf"
-
-
-def _presets() -> str:
-    return "\n\n".join(f"\b\n  {family}=\n{_wrapped(presets_of(family, CONF))}" for family in FAMILIES)
-
-
-def _wrapped(names: list[str]) -> str:
-    return textwrap.fill(" ".join(names), width=76, initial_indent="      ", subsequent_indent="      ")
-
-
-def _numbers() -> str:
-    """The part of the config that is not presets, with its comments, as it stands in the file."""
-    text = (CONF / "config.yaml").read_text()
-    return "\b\n" + textwrap.indent(text[text.index("rounds:") :].replace("\n\n", "\n"), "  ")
-
-
-# A line with \b alone keeps the lines after it as they are.
-RUN_HELP = f"""Federate an adapter: simulate all clients on this machine.
-
-OVERRIDES are key=value. A family takes the name of a preset; a preset's own fields are set inside it (model.id= data.path=
-data.partition.alpha= adapter.rank= codec.dtype= strategy.mu= mean.trim=); `fedpeft presets FAMILY` has them all. Presets:
-
-{_presets()}
-
-Everything else, with its usual value (train.lr=0.01 sets one inside):
-
-{_numbers()}
-
-\b
-Examples:
-  fedpeft run
-  fedpeft run strategy=ffa rounds=20 adapter.rank=4
-  fedpeft run model=minilm data=banking77 data.path=FOLDER clients=10 cohort=10
-  fedpeft run --resume runs/2026-01-31-120000-fedavg
-"""
 
 
 @app.callback()
@@ -123,11 +87,25 @@ def doctor() -> None:
 def drill(
     names: Annotated[list[str] | None, typer.Argument(help="Drills; default all.", show_default=False)] = None,
     grpc: Annotated[bool, typer.Option("--grpc", help="On real processes of this machine; some drills take minutes.")] = False,
+    listed: Annotated[bool, typer.Option("--list", help="Only say which there are, and what each must come to.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="As a table with what was declared: docs/drills.md.")] = False,
 ) -> None:
-    """Break one thing after another in a small federation, simulated or real; exit code 1 if what follows is not what was declared."""
-    from experiments.drill.table import drill as play
+    """Break one thing after another in a small federation, simulated or real; exit code 1 if what follows is not what was declared.
 
-    raise typer.Exit(play(names or [], grpc=grpc))
+    \b
+    Examples:
+      fedpeft drill --list
+      fedpeft drill killed nan
+      fedpeft drill --grpc superlink
+    """
+    from experiments.drill.table import drill as play
+    from experiments.drill.table import listed as say_listed
+
+    if listed:
+        say_listed(grpc=grpc)
+        return
+
+    raise typer.Exit(play(names or [], grpc=grpc, markdown=markdown))
 
 
 @app.command()
@@ -288,25 +266,6 @@ def decompress(
     from experiments.compress import decompress as unpress
 
     print(f"{to}: {unpress(file, to)} tensors")
-
-
-def _studies() -> str:
-    return "\n\n".join(f"\b\n  study={path.stem}" for path in sorted((CONF.parent / "studies").glob("*.yaml")))
-
-
-SWEEP_HELP = f"""Run a study: many runs in parallel processes, then a table and a picture with means and 95 % intervals.
-
-WORDS are study=NAME and fields of the study: task=, seeds=, methods=, partitions=, late=, common= (overrides added to every run; lists in
-brackets). Stopped at any moment, the same command goes on where it was. Studies:
-
-{_studies()}
-
-\b
-Examples:
-  fedpeft sweep study=aggregation
-  fedpeft sweep study=aggregation 'methods=[fedavg,flora]' 'seeds=[0,1]'
-  fedpeft sweep study=aggregation task=sick 'common=[data.path=FOLDER]'
-"""
 
 
 @app.command(help=SWEEP_HELP)

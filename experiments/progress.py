@@ -108,8 +108,8 @@ def payloads(entries: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:
     rows, held = [], list(entries)
     for way in ("up", "down"):
         sent, raw, least = (sum(entry.get(f"{what}_{way}") or 0 for entry in held) for what in ("bytes", "bytes_raw", "entropy"))
-        facts = [f"raw / {raw / sent:.3g}"] if sent and raw else []
-        facts += [f"entropy x {sent / least:.2f}"] if least else []
+        facts = [f"{sent / raw:.3g} x raw"] if sent and raw else []
+        facts += [f"{sent / least:.3g} x entropy"] if least else []
         rows.append((f"payloads {way}", size(sent) + (f" ({', '.join(facts)})" if facts else "")))
     return rows
 
@@ -120,7 +120,7 @@ def crossed(entries: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:
     for way in ("up", "down"):
         known = [entry for entry in held if entry.get(f"socket_{way}") is not None]
         sent, whole = (sum(entry.get(f"{what}_{way}") or 0 for entry in known) for what in ("bytes", "socket"))
-        facts = [f"payload x {whole / sent:.3g}"] if sent else []
+        facts = [f"{whole / sent:.3g} x payload"] if sent else []
         facts += [f"{len(known)} of {len(held)} rounds"] if len(known) < len(held) else []
         rows.append((f"at the socket {way}", size(whole) + (f" ({', '.join(facts)})" if facts else "") if known else "not measured"))
     return rows

@@ -136,6 +136,8 @@ def load(overrides: Sequence[str], presets: Path | None = None) -> Config:
     usual: Any = OmegaConf.to_container(tree)
     chosen = {_key(text): text.partition("=")[2] for text in groups}
     config = _typed(plain, usual, {**_defaults(presets), **chosen}, faults)
+    if config.clients < config.cohort and "cohort" not in map(_key, overrides):
+        config = replace(config, cohort=max(config.clients, 1))
     if config.weights is None:
         config = replace(config, weights="uniform" if config.private else "examples")
     faults += check(config)

@@ -301,6 +301,14 @@ def test_a_value_out_of_range_is_refused(default, field, value, said):
     assert any(said in fault for fault in faults), faults
 
 
+def test_fewer_clients_than_the_usual_cohort_take_part_all():
+    assert load(["clients=4"]).cohort == 4
+    assert load(["clients=12"]).cohort == 10
+    assert refused("clients=4", "cohort=10") == [
+        "cohort=10 is more than clients=4: a round cannot draw more clients than there are; lower cohort"
+    ]
+
+
 def test_a_cohort_larger_than_the_clients_is_refused_on_loading():
     assert refused("cohort=200") == ["cohort=200 is more than clients=100: a round cannot draw more clients than there are; lower cohort"]
 

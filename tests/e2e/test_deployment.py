@@ -109,7 +109,7 @@ def test_a_deployed_run_gives_the_adapter_of_fedpeft_run_though_a_worker_is_kill
     for entry in entries:  # about 14 kB of calls and signatures go up for each message, and 1 kB for each poll of a longer round
         for way in ("up", "down"):
             assert entry[f"bytes_{way}"] < entry[f"socket_{way}"] < 1.2 * entry[f"bytes_{way}"] + 100_000 * CLIENTS, entry
-    assert any(line.startswith("at the socket up") and "payload x" in line for line in said), said
+    assert any(line.startswith("at the socket up") and " x payload" in line for line in said), said
     assert "at the socket down" in (there / "report.html").read_text()
 
     told = json.loads(federation.call("status", "-c", "server.yaml", "--json"))

@@ -103,11 +103,15 @@ def test_a_drill_that_differs_gives_exit_code_1_and_says_so_in_its_line(monkeypa
     monkeypatch.setattr(table, "DRILLS", (LEFT_OUT, UNHURT))
     monkeypatch.setattr(table, "Simulation", lambda folder: made_up(WHOLE))
     lines: list[str] = []
-    assert table.drill([], lines.append) == 1
+    assert table.drill([], lines.append, markdown=True) == 1
     assert "differs: faults at (round, client) []" in lines[2]
     assert lines[3].endswith("| as declared |")
-    assert table.drill(["two"], lines.append) == 0
+    assert table.drill(["two"], lines.append, markdown=True) == 0
     assert {line.count("|") for line in lines} == {7}
+    lines.clear()
+    assert table.drill([], lines.append) == 1
+    assert [line.split()[0] for line in lines[::2]] == ["differs", "ok"]
+    assert "differs: faults at (round, client) []" in lines[1]
 
 
 @pytest.mark.fast
@@ -116,8 +120,18 @@ def test_a_name_that_is_no_drill_is_told_those_there_are() -> None:
         table.drill(["flood"])
 
 
+@pytest.mark.parametrize("grpc", [False, True])
+def test_the_command_lists_what_there_is(grpc: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["fedpeft", "drill", "--list", *(["--grpc"] if grpc else [])])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [f"{one.name:<13} {one.done}: {one.declared}" for one in (DEPLOYED if grpc else DRILLS)]
+
+
 def test_the_command_prints_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(sys, "argv", ["fedpeft", "drill", "nan"])
+    monkeypatch.setattr(sys, "argv", ["fedpeft", "drill", "nan", "--markdown"])
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert stop.value.code == 0
