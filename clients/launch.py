@@ -95,13 +95,14 @@ def up(path: Path, site: SiteFile) -> list[str]:
     variables["PATH"] = f"{own_code(state)}{os.pathsep}{variables['PATH']}"
     started = []
     command = [sys.executable, "-c", "from fedpeft.cli import main; main()", "client", "worker", "--config", str(path.resolve())]
-    begun = state / "begun.yaml"  # the file as the worker read it
+    begun = state / "begun.yaml"  # the file as worker and SuperNode began with it
+    if processes.running("worker") is None and processes.running("supernode") is None:
+        begun.write_bytes(path.read_bytes())
+    elif begun.exists() and begun.read_bytes() != path.read_bytes():
+        log.warning("%s has changed since this client began: `fedpeft client down`, then `fedpeft client up` make it count", path)
     if processes.start("worker", command + ["--insecure"] * site.insecure, variables):
         started.append("worker")
-        begun.write_bytes(path.read_bytes())
         _wait(processes, site.socket)
-    elif begun.exists() and begun.read_bytes() != path.read_bytes():
-        log.warning("%s has changed since the worker began: `fedpeft client down`, then `fedpeft client up` make it count", path)
     until, warned = time.monotonic() + MISSED, False
     while processes.running("supernode") is None:
         before = len(processes.said("supernode"))

@@ -113,15 +113,16 @@ def register(
         keys = {name: key_of(folder / f"{name}.pub") for name in names}  # all are looked at before the first is let in
         read_certificate(folder / CA)
     with open_control(control, folder / CA) as link:
-        known = {node.key: node for node in link.nodes()}
+        nodes = {node.key: node for node in link.nodes()}
+        known = {key: node.number for key, node in nodes.items()}
         for name, key in keys.items():
-            node = known.get(key)
-            if node is None:
-                print(f"{name}: registered, node {link.register(folder / f'{name}.pub')}")
-            elif node.status == "unregistered":
+            if key in nodes and nodes[key].status == "unregistered":
                 raise ConfigError(f"{name} was shut out, and its key stays out: `fedpeft certs client --force` makes another pair")
-            else:
-                print(f"{name}: registered before, node {node.number}")
+        for name, key in keys.items():
+            before = " before" if key in known else ""
+            number = known.get(key) or link.register(folder / f"{name}.pub")
+            known[key] = number
+            print(f"{name}: registered{before}, node {number}")
 
 
 def _files(folder: Path) -> list[Path]:

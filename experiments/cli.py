@@ -102,7 +102,7 @@ def drill(
     from experiments.drill.table import listed as say_listed
 
     if listed:
-        say_listed(grpc=grpc)
+        say_listed(names or [], grpc=grpc)
         return
 
     raise typer.Exit(play(names or [], grpc=grpc, markdown=markdown))

@@ -4,6 +4,8 @@ import json
 import logging
 import sys
 import time
+from collections import Counter
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +21,7 @@ from fedpeft.ledger import Ledger
 from fedpeft.processes import Processes
 from server import certs
 from server import launch as server_side
-from server.control import Control, Node
+from server.control import Control, Node, Run
 
 server = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="The server of a federation on real hosts.")
 client = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="One client of a federation on real hosts.")
@@ -28,6 +30,7 @@ SiteConfig = Annotated[Path, typer.Option("--config", "-c", help="site.yaml")]
 log = logging.getLogger("fedpeft")
 Insecure = Annotated[bool, typer.Option("--insecure", help="Without TLS and keys: on loopback alone.")]
 LOST = 300.0  # seconds that the SuperLink may be gone, while somebody starts it again: the run outlives it
+ENDS = 60.0  # seconds until a ServerApp has heard that its run was stopped, and has ended
 SOON = 1.0  # seconds between two questions once the adapter is there
 QUIET = 5.0  # seconds without a round after which the SuperLink is asked whether the run still goes on
 
@@ -63,40 +66,45 @@ def server_run(
       fedpeft server run rounds=20 strategy=ffa
       fedpeft server run --resume state/runs/2026-01-31-120000
     """
-    told, number = server_side.read(config, insecure=insecure), None
-    if resume is not None:
-        if overrides:
-            raise ConfigError(f"--resume takes the config of {resume} as it is; leave out {' '.join(overrides)}, or begin another run")
-        folder = resume.resolve()
-        words = _begun(folder)
-        server_side.check(told, words)
-        number = _live(told, folder)
-    else:
-        folder = told.state / "runs" / f"{datetime.now():%Y-%m-%d-%H%M%S}"
-        words = server_side.words_of(told, overrides or [], folder)
-        server_side.check(told, words)
+    told = server_side.read(config, insecure=insecure)
     with server_side.control_of(told) as link:
-        for other in [run for run in link.runs() if run.live and run.folder != folder]:
-            log.warning(
-                "run %d goes on at the same time (%s): a client loads model and data again whenever it changes from one run to the other; "
-                "`fedpeft server stop` ends runs", other.number, other.folder,
-            )  # fmt: skip
-        goes_on = " goes on" if number else ""
-        number = number or server_side.submit(told, words)
+        number: int | None = None
+        if resume is None:
+            folder = (told.state / "runs" / f"{datetime.now():%Y-%m-%d-%H%M%S}").resolve()
+            words = server_side.words_of(told, overrides or [], folder)
+            server_side.check(told, words)
+        elif overrides:
+            raise ConfigError(f"--resume takes the config of {resume} as it is; leave out {' '.join(overrides)}, or begin another run")
+        else:
+            folder = resume.resolve()
+            number, words = _resumed(told, link, folder)
+        goes_on = "" if number is None else " goes on"
+        if number is None:
+            number = _begin(told, link, words, folder)
         print(f"run {number}{goes_on}, in {folder}", flush=True)
         try:
             _follow(told, link, number, folder)
         except KeyboardInterrupt:
-            print(f"the run goes on: `fedpeft server run --resume {folder}` follows it again, `fedpeft server stop` ends it")
+            again = f"fedpeft server run --resume {folder}{_named(config, insecure)}"
+            print(f"the run goes on: `{again}` follows it again, `fedpeft server stop{_named(config, insecure)}` ends it")
 
 
 @server.command("stop")
 def server_stop(config: ServerConfig = Path("server.yaml"), insecure: Insecure = False) -> None:
     """End the run that goes on. What it has reached stays in its folder, and `server run --resume` goes on with it."""
+    from server.folder import held
+
     with server_side.control_of(server_side.read(config, insecure=insecure)) as link:
         live = [run for run in link.runs() if run.live]
         for run in live:
-            link.stop(run.number)
+            try:
+                link.stop(run.number)
+            except OSError:
+                if link.run(run.number).live:
+                    raise
+            until = time.monotonic() + ENDS
+            while run.folder and held(run.folder) and time.monotonic() < until:  # its ServerApp hears of it when it calls next
+                time.sleep(0.1)
             print(f"stopped: run {run.number}, in {run.folder}")
     if not live:
         print("no run goes on")
@@ -115,20 +123,25 @@ def server_unregister(
       fedpeft server unregister north
     """
     told = server_side.read(config, insecure=insecure)
+    if told.insecure:
+        raise ConfigError("insecure: no keys are asked for, so nobody can be shut out")
+    files = server_side.public_keys(told)
     with server_side.control_of(told) as link:
         nodes = [node for node in link.nodes() if node.status != "unregistered"]
-        chosen = [(name, [node for node in nodes if name in (node.name, str(node.number))]) for name in names]
-        for name, found in chosen:
+        chosen: dict[int, Node] = {}
+        for name in names:
+            found = [node for node in nodes if name in (node.name, str(node.number))]
             if not found:
                 raise ConfigError(f"{name} is not let in; there are {_shown(_names(nodes))}")
             if len(found) > 1:
-                raise ConfigError(f"{name} is the name of nodes {', '.join(str(node.number) for node in found)}: say which, by its number")
-        for name, (node,) in chosen:
+                which = ", ".join(f"{one.number} ({one.status}{f', {files[one.key]}' if one.key in files else ''})" for one in found)
+                raise ConfigError(f"{name} is the name of several nodes, say which by its number: {which}")
+            chosen[found[0].number] = found[0]
+        for node in chosen.values():
             link.unregister(node.number)
-            print(f"{name}: shut out, node {node.number}")
-    for path in told.keys:
-        if path.stem in names:
-            print(f"take {path} away, else `server up` warns of it")
+            print(f"{node.name or node.number}: shut out, node {node.number}")
+            if node.key in files:
+                print(f"take {files[node.key]} away, else `server up` warns of it")
 
 
 @client.command("up")
@@ -176,17 +189,21 @@ def status(
 def _of_server(config: Path, insecure: bool) -> dict[str, Any]:
     told = server_side.read(config, insecure=insecure)
     found: dict[str, Any] = {"running": _running(Processes(told.state))}
-    runs = []
+    runs: list[Run] = []
     if "superlink" in found["running"]:
-        with server_side.control_of(told) as link:
-            nodes, runs = [node for node in link.nodes() if node.status != "unregistered"], link.runs()
-        online = [node for node in nodes if node.status == "online"]
-        found |= {"nodes": len(online), "clients": told.clients, "online": _names(online)}
-        found |= {"offline": _names([node for node in nodes if node not in online])}
-    if runs and (folder := runs[-1].folder) is not None:
+        try:
+            with server_side.control_of(told) as link:
+                nodes, runs = [node for node in link.nodes() if node.status != "unregistered"], link.runs()
+            online = [node for node in nodes if node.status == "online"]
+            found |= {"nodes": len(online), "clients": told.clients, "online": _names(online)}
+            found |= {"offline": _names([node for node in nodes if node not in online and node.name])}
+        except OSError as fault:
+            found |= {"unreachable": str(fault)}
+    if runs:
+        folder = runs[-1].folder
         found |= {"run": str(folder), "state": runs[-1].status} | ({"reason": runs[-1].why} if runs[-1].why else {})
     else:  # what the database does not have, or cannot be asked for
-        folder = max((told.state / "runs").glob("*"), key=lambda path: path.stat().st_mtime, default=None)
+        folder = max((path.parent for path in (told.state / "runs").glob("*/manifest.json")), default=None)
         found |= {} if folder is None else {"run": str(folder)}
     if folder is not None:
         found |= _reached(Ledger(folder / "ledger.jsonl").entries())
@@ -208,7 +225,9 @@ def _reached(entries: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _names(nodes: list[Node]) -> list[str]:
-    return sorted(node.name or str(node.number) for node in nodes)
+    """Names of nodes, with their numbers where a name is not one's alone; or their numbers."""
+    many = Counter(node.name for node in nodes)
+    return sorted(f"{node.name} ({node.number})" if node.name and many[node.name] > 1 else node.name or str(node.number) for node in nodes)
 
 
 def _of_client(config: Path, insecure: bool) -> dict[str, Any]:
@@ -237,19 +256,44 @@ def _begun(folder: Path) -> list[str]:
     return words
 
 
-def _live(told: server_side.ServerFile, folder: Path) -> int | None:
-    """The number of the run that writes into the folder now; None if nobody does."""
-    from server.folder import alone
-
+def _resumed(told: server_side.ServerFile, link: Control, folder: Path) -> tuple[int | None, list[str]]:
+    """(number of the run in `folder` if it goes on, the overrides that it began with). Raises `ConfigError` if it neither does nor can."""
     try:
-        with alone(folder):
-            return None
+        words = _begun(folder)
+        server_side.check(told, words)
     except ConfigError:
-        with server_side.control_of(told) as link:
-            found = [run.number for run in link.runs() if run.live and run.folder == folder]
-        if not found:
-            raise
-        return found[-1]
+        with suppress(OSError):
+            if (number := _live(link, folder)) is not None:
+                return number, []
+        raise
+    return _live(link, folder), words
+
+
+def _live(link: Control, folder: Path) -> int | None:
+    """The number of the run that writes into the folder, or is about to; None if there is none."""
+    from server.folder import held, last_sitting
+
+    runs = [run.number for run in link.runs() if run.live and run.folder == folder]
+    if held(folder) and not runs:
+        raise ConfigError(f"{folder}: this run goes on in another process; end that before you resume it")
+    if not runs or (not held(folder) and last_sitting(folder) == str(runs[-1])):
+        return None  # its ServerApp has ended, which the SuperLink will miss
+    return runs[-1]
+
+
+def _begin(told: server_side.ServerFile, link: Control, words: list[str], folder: Path) -> int:
+    """Hands the run over, after a word on others that go on."""
+    for other in [run for run in link.runs() if run.live and run.folder != folder]:
+        log.warning(
+            "run %d goes on at the same time (%s): a client loads model and data again whenever it changes from one run to the other; "
+            "`fedpeft server stop` ends runs", other.number, other.folder,
+        )  # fmt: skip
+    return server_side.submit(told, words)
+
+
+def _named(config: Path, insecure: bool) -> str:
+    """The options by which another command means the same server."""
+    return (f" -c {config}" if config != Path("server.yaml") else "") + (" --insecure" if insecure else "")
 
 
 def _follow(told: server_side.ServerFile, link: Control, number: int, folder: Path) -> None:

@@ -1,9 +1,10 @@
 """Help: what `fedpeft run --help` and `fedpeft sweep --help` teach, made of the presets' and studies' own files."""
 
 import itertools
-import re
 import textwrap
 from collections.abc import Sequence
+
+import yaml  # type: ignore[import-untyped]  # it has no types
 
 from fedpeft.config import FAMILIES, app_folder, presets_of
 
@@ -50,10 +51,9 @@ def _studies() -> str:
     found = []
     for path in sorted((CONF.parent / "studies").glob("*.yaml")):
         text = path.read_text()
+        tasks = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)).get("tasks", {})
         said = " ".join(line.removeprefix("# ") for line in itertools.takewhile(lambda line: line.startswith("#"), text.splitlines()))
-        tasks = re.findall(r"^  (\w+):", text[text.index("\ntasks:") : text.index("\nmethods:")], re.MULTILINE)
-        kept = [task for task in tasks if task not in ("adamw", "sgd")]  # those are rates
-        found.append(f"\b\n  study={path.stem}  (task={', '.join(kept)})\n{_wrapped([said])}")
+        found.append(f"\b\n  study={path.stem}  (task={', '.join(tasks)})\n{_wrapped([said])}")
     return "\n\n".join(found)
 
 

@@ -119,7 +119,7 @@ def _few(setting: Setting) -> str | None:
         return None
     return (
         f"privacy={setting.config.choices['privacy']}: half of the clients have at most {half} examples; noise that hides one of so few "
-        "hides most of what they teach. Clients of some hundreds keep more of it; so does privacy=client, with many clients"
+        "hides most of what they teach. With some hundreds each, or with privacy=client and many clients, more of it is left"
     )
 
 

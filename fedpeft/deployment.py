@@ -70,8 +70,9 @@ def tls_of(value: object, folder: Path, where: str) -> Tls:
 def host_and_port(address: str, where: str) -> tuple[str, int]:
     """Both parts of host:port, or of [host]:port for IPv6."""
     host, colon, port = str(address).rpartition(":")
-    if not (colon and host and port.isdigit() and 0 < int(port) < 65536):
-        raise ConfigError(f"{where}={address}: needed is host:port, such as 127.0.0.1:9092")
+    bare = ":" in host and not (host.startswith("[") and host.endswith("]"))
+    if bare or not (colon and host and port.isdigit() and 0 < int(port) < 65536):
+        raise ConfigError(f"{where}={address}: needed is host:port, such as 127.0.0.1:9092 or [::1]:9092")
     return host.strip("[]"), int(port)
 
 

@@ -277,7 +277,7 @@ def main(grid: Grid, context: Context) -> None:
     if config.deadline is None:
         log.warning("deadline=null: a round waits for its slowest client, twelve hours at most; set deadline=SECONDS to go on without it")
     place = Path(config.run.dir or f"runs/flower-{context.run_id}")
-    with alone(place):
+    with alone(place, str(context.run_id)):
         _sit(grid, config, overrides, place)
 
 

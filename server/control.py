@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from cryptography.hazmat.primitives import serialization
 
+from fedpeft.deployment import host_and_port
 from server.certs import read_public_key
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 OVERRIDES = "overrides"  # the field of a run's config that holds its overrides; experiments/bundle/pyproject.toml has it, too
 PLACE = "run.dir="
+LAST = 20  # runs that are looked at
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Run:
     number: int
     status: str  # pending, starting, running, finished:completed, finished:failed, finished:stopped
     why: str  # it failed; "" otherwise
-    folder: Path | None  # where it writes; None: no run of ours
+    folder: Path | None  # where it writes, without symbolic links; None: no run of ours
 
     @property
     def live(self) -> bool:
@@ -65,12 +67,13 @@ class Control:
         return [Node(node.node_id, node.name, node.status, bytes(node.public_key)) for node in found]
 
     def runs(self) -> list[Run]:
-        """All that the database has, in the order of their beginning."""
+        """The last of ours, in the order of their beginning. No more: Flower writes to its database for each that has ended."""
         from flwr.proto.control_pb2 import ListRunsRequest
 
         with self._asking():
-            found = self.port.ListRuns(ListRunsRequest()).run_dict
-        return [_run(run) for run in sorted(found.values(), key=lambda run: run.pending_at)]
+            found = self.port.ListRuns(ListRunsRequest(limit=LAST)).run_dict
+        made = [_run(run) for run in sorted(found.values(), key=lambda run: run.pending_at)]
+        return [run for run in made if run.folder is not None]
 
     def run(self, number: int) -> Run:
         """One of them."""
@@ -106,24 +109,29 @@ class Control:
         import click
         from flwr.cli.utils import SUPERLINK_UNAVAILABLE_MESSAGE, flwr_cli_exc_handler
 
+        causes: list[Exception] = []
         try:
-            with flwr_cli_exc_handler():
+            with flwr_cli_exc_handler(causes.append):
                 yield
+        except ValueError as fault:
+            raise OSError(f"what answers at control={self.address} is no SuperLink: {fault}") from None
         except click.ClickException as fault:
             if fault.message != SUPERLINK_UNAVAILABLE_MESSAGE:
                 raise OSError(f"the SuperLink at control={self.address}: {fault.message}") from None
             signed = f", and was its certificate signed by {self.ca}" if self.ca else ""
             raise ConnectionError(
-                f"no SuperLink answers at control={self.address}: does `fedpeft server up` run, is this its control address{signed}?"
+                f"no SuperLink answers at control={self.address} ({causes[0]}): does `fedpeft server up` run, is this its control "
+                f"address{signed}?"
             ) from None
 
 
 @contextmanager
 def control(address: str, ca: Path | None) -> Iterator[Control]:
-    """The control port at `address`, over TLS that the authority `ca` vouches for; None: without TLS."""
+    """The control port at `address`, over TLS that `ca` vouches for; None: without TLS. Raises `ConfigError` if that is no address."""
     from flwr.supercore.control import ControlHttpClient
     from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
 
+    host_and_port(address, "control")
     client = ControlHttpClient.from_server_address(
         address, insecure=ca is None, root_certificates=None if ca is None else ca.read_bytes(),
         interceptors=[RuntimeVersionHttpInterceptor(component_name="flwr CLI")],
@@ -142,6 +150,9 @@ def key_of(public: Path) -> bytes:
 def _run(run: "FlowerRun") -> Run:
     status, why = run.status, run.status.details.removeprefix("ServerApp failed with exception: ")
     told = f"{status.status}:{status.sub_status}" if status.sub_status else status.status
-    words = shlex.split(run.override_config[OVERRIDES].string) if OVERRIDES in run.override_config else []
+    try:
+        words = shlex.split(run.override_config[OVERRIDES].string) if OVERRIDES in run.override_config else []
+    except ValueError:  # another app's
+        words = []
     places = [word.removeprefix(PLACE) for word in words if word.startswith(PLACE)]
-    return Run(run.run_id, told, why, Path(places[-1]) if places else None)
+    return Run(run.run_id, told, why, Path(places[-1]).resolve() if places else None)

@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from typing import Any
 from fedpeft.config import Config, ConfigError, app_folder, load, shown
 from fedpeft.ledger import Ledger, write_text
 
+LOCK = "lock"  # file that whoever writes into the folder holds; its text says who that was
+GLANCE = 1.0  # seconds after which nobody is only looking whether it is held
 PACKAGES = ("fedpeft", "torch", "transformers", "peft", "flwr", "numpy", "hydra-core")
 
 
@@ -93,18 +96,52 @@ def reopen(path: Path) -> tuple[Folder, Config]:
 
 
 @contextmanager
-def alone(path: Path) -> Iterator[None]:
-    """Nobody else writes into the run's folder meanwhile; `ConfigError` if somebody does. A process that is killed lets go of it."""
+def alone(path: Path, sitting: str) -> Iterator[None]:
+    """Nobody else writes into the run's folder meanwhile; `ConfigError` if somebody does. A process that is killed lets go of it.
+
+    `sitting` says who it was, for `last_sitting`.
+    """
     path.mkdir(parents=True, exist_ok=True)
-    lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError(f"{path}: this run goes on in another process; follow it there, or end that before you resume it") from None
+        until = time.monotonic() + GLANCE
+        while not _taken(lock, fcntl.LOCK_EX):
+            if time.monotonic() > until:
+                raise ConfigError(f"{path}: this run goes on in another process; follow it there, or end that before you resume it")
+            time.sleep(0.05)
+        os.ftruncate(lock, 0)
+        os.write(lock, sitting.encode())
         yield
     finally:
         os.close(lock)
+
+
+def held(path: Path) -> bool:
+    """True if somebody writes into the run's folder."""
+    try:
+        lock = os.open(path / LOCK, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        return not _taken(lock, fcntl.LOCK_SH)
+    finally:
+        os.close(lock)
+
+
+def last_sitting(path: Path) -> str:
+    """Who wrote into the run's folder last; "" if nobody did."""
+    try:
+        return (path / LOCK).read_text()
+    except FileNotFoundError:
+        return ""
+
+
+def _taken(lock: int, how: int) -> bool:
+    try:
+        fcntl.flock(lock, how | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def versions() -> dict[str, str | None]:

@@ -35,6 +35,7 @@ from server.sockets import FLEET_PORT
 POLL = 0.25  # seconds between two looks for a run to start; Flower's own is 1
 READY = 60.0  # seconds until the SuperLink listens
 FREED = 5.0  # seconds until the port of one that was killed is free
+ANY = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}  # all addresses of a host -> the one by which it calls itself
 LINK = "local"  # what Flower's command line calls this SuperLink
 log = logging.getLogger("fedpeft")
 
@@ -73,11 +74,8 @@ def read(path: Path, *, insecure: bool = False) -> ServerFile:
 
 def up(server: ServerFile) -> tuple[list[str], list[str]]:
     """Starts what does not run, and lets the clients' keys in; gives the names of what it started, and of the clients it let in."""
-    for path in () if server.insecure else server.keys:
-        try:
-            key_of(path)
-        except ValueError as fault:
-            raise ConfigError(f"keys: {fault}") from fault
+    if not server.insecure:
+        public_keys(server)
     state = state_folder(server.state)
     processes, variables = Processes(state), _environment(server)
     secret = state / "superexec.secret"  # only our SuperExec may take a run's work: other users of this machine reach the port, too
@@ -95,7 +93,13 @@ def up(server: ServerFile) -> tuple[list[str], list[str]]:
         started.append("superexec")
     if not is_loopback(host_and_port(server.control, "control")[0]):
         log.warning("whoever reaches control=%s can run code here and at all clients; let a firewall or VPN guard it", server.control)
-    return started, [] if server.insecure else _let_in(server)
+    try:
+        return started, [] if server.insecure else _let_in(server)
+    except OSError as fault:
+        if "superlink" in started:
+            raise
+        log.warning("no key was let in: %s", fault)  # it runs, and so may a run: who calls this in a loop ends neither
+        return started, []
 
 
 def superlink(server: ServerFile, secret: Path) -> list[str]:
@@ -112,7 +116,14 @@ def superlink(server: ServerFile, secret: Path) -> list[str]:
 def superexec(server: ServerFile, secret: Path) -> list[str]:
     """Flower's command that starts the ServerApp of a run."""
     safe = ["--insecure"] if server.insecure else ["--root-certificates", str(server.tls.ca)]
-    return [program("flower-superexec"), *safe, "--runtime-api-address", server.control, "--superexec-auth-secret-file", str(secret)]
+    return [
+        program("flower-superexec"),
+        *safe,
+        "--runtime-api-address",
+        _reached(server.control),
+        "--superexec-auth-secret-file",
+        str(secret),
+    ]
 
 
 def down(server: ServerFile) -> list[str]:
@@ -156,6 +167,14 @@ def submit(server: ServerFile, words: Sequence[str]) -> int:
     return int(found["run-id"])
 
 
+def public_keys(server: ServerFile) -> dict[bytes, Path]:
+    """The keys that `up` lets in, as a SuperLink holds them, and their files. Raises `ConfigError` if a file is none."""
+    try:
+        return {key_of(path): path for path in server.keys}
+    except ValueError as fault:
+        raise ConfigError(f"keys: {fault}") from fault
+
+
 @contextmanager
 def control_of(server: ServerFile) -> Iterator[Control]:
     """Its control port, to ask."""
@@ -166,13 +185,12 @@ def control_of(server: ServerFile) -> Iterator[Control]:
 def _let_in(server: ServerFile) -> list[str]:
     """Registers every key that the SuperLink does not have; gives their names."""
     with control_of(server) as link:
-        known, made = {node.key: node for node in link.nodes()}, []
-        for path in server.keys:
-            node = known.get(key_of(path))
-            if node is None:
+        known, made = {node.key: node.status for node in link.nodes()}, []
+        for key, path in public_keys(server).items():
+            if key not in known:
                 link.register(path)
                 made.append(path.stem)
-            elif node.status == "unregistered":
+            elif known[key] == "unregistered":
                 log.warning(
                     "%s was shut out, and its key stays out: take %s away, or let it make another pair (`fedpeft certs client --force`)",
                     path.stem, path,
@@ -201,7 +219,7 @@ def _addresses(server: ServerFile) -> list[tuple[str, str, int]]:
 def _reached(address: str) -> str:
     """The address as it is called from this host."""
     host, port = host_and_port(address, "address")
-    return f"127.0.0.1:{port}" if host in ("0.0.0.0", "::") else address
+    return f"{ANY[host]}:{port}" if host in ANY else address
 
 
 def _check_free(server: ServerFile) -> None:

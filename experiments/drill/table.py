@@ -18,10 +18,7 @@ def drill(names: Sequence[str], say: Callable[[str], None] = print, *, grpc: boo
 
     With `grpc` on real processes; an adapter is compared with the simulation's.
     """
-    known = _known(grpc)
-    if unknown := [name for name in names if name not in known]:
-        raise ConfigError(f"{unknown[0]}: there is no such drill; there are {', '.join(known)}")
-    chosen = [known[name] for name in names or known]
+    chosen = _chosen(names, grpc)
     if markdown:
         say("| drill | what was done | declared outcome | what happened | seconds | |")
         say("|---|---|---|---|---|---|")
@@ -37,14 +34,17 @@ def drill(names: Sequence[str], say: Callable[[str], None] = print, *, grpc: boo
     return 0 if all(made) else 1
 
 
-def listed(say: Callable[[str], None] = print, *, grpc: bool = False) -> None:
-    """Says which drills there are, and what each must come to."""
-    for one in _known(grpc).values():
+def listed(names: Sequence[str], say: Callable[[str], None] = print, *, grpc: bool = False) -> None:
+    """Says what the drills of these names, or all, do, and what each must come to."""
+    for one in _chosen(names, grpc):
         say(f"{one.name:<13} {one.done}: {one.declared}")
 
 
-def _known(grpc: bool) -> dict[str, Drill]:
-    return {one.name: one for one in (DEPLOYED if grpc else DRILLS)}
+def _chosen(names: Sequence[str], grpc: bool) -> list[Drill]:
+    known = {one.name: one for one in (DEPLOYED if grpc else DRILLS)}
+    if unknown := [name for name in names if name not in known]:
+        raise ConfigError(f"{unknown[0]}: there is no such drill; there are {', '.join(known)}")
+    return [known[name] for name in names or known]
 
 
 def _line(made: Result, say: Callable[[str], None]) -> bool:

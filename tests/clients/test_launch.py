@@ -130,7 +130,16 @@ def test_up_says_that_what_a_site_file_says_now_is_not_what_the_worker_read(
     assert not caplog.records
     path.write_text("client: 0\nstate: s\ninsecure: true\npolicy: {rounds: 5}")
     assert launch.up(path, read(path)) == []
-    assert f"{path} has changed since the worker began" in caplog.text
+    assert f"{path} has changed since this client began" in caplog.text
+    caplog.clear()
+    runs.discard("worker")  # it alone is started again: the SuperNode is still of the old file
+    assert launch.up(path, read(path)) == ["worker"]
+    assert f"{path} has changed since this client began" in caplog.text
+    caplog.clear()
+    runs.clear()
+    assert launch.up(path, read(path)) == ["worker", "supernode"]
+    assert launch.up(path, read(path)) == []
+    assert not caplog.records
 
 
 @pytest.mark.fast

@@ -81,5 +81,5 @@ def test_where_no_superlink_answers_registering_says_what_to_look_at(
     assert call("certs", "client", tmp_path, "north") == 0
     assert call("certs", "register", tmp_path, "north", "--control", "127.0.0.1:9") == 1
     said = capsys.readouterr().err
-    assert "no SuperLink answers at control=127.0.0.1:9: does `fedpeft server up` run" in said
+    assert "no SuperLink answers at control=127.0.0.1:9 ([Errno 111] Connection refused): does `fedpeft server up` run" in said
     assert f"was its certificate signed by {tmp_path / 'ca.crt'}?" in said

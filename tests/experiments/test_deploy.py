@@ -3,7 +3,8 @@
 import shutil
 import socket
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -15,7 +16,7 @@ import pytest
 from experiments import cli, deploy
 from fedpeft.config import load
 from server import certs, launch
-from server.control import Control, Node, Run
+from server.control import Control, Node, Run, key_of
 from server.folder import alone, create
 
 SERVER = "state: s\nclients: 1\nfleet: 127.0.0.1:{port}\ncontrol: 127.0.0.1:{port}\n"
@@ -101,9 +102,12 @@ def test_what_cannot_go_on_is_told_before_anything_is_handed_over(
     ):
         assert resumed(tmp_path, run, monkeypatch, clients) == 2
         assert words in capsys.readouterr().err
-    with alone(place):
+    with alone(place, "5"):
         assert resumed(tmp_path, place, monkeypatch) == 1
-    assert "no SuperLink answers at control=127.0.0.1:9: does `fedpeft server up` run" in capsys.readouterr().err
+    assert (
+        "no SuperLink answers at control=127.0.0.1:9 ([Errno 111] Connection refused): does `fedpeft server up` run"
+        in capsys.readouterr().err
+    )
     assert not list((tmp_path / "s").glob("run.toml"))
 
 
@@ -141,20 +145,66 @@ def test_a_run_that_goes_on_is_followed_again_and_ctrl_c_leaves_it_going_and_say
         raise KeyboardInterrupt
 
     begun(place := tmp_path / "s" / "runs" / "one", f"run.dir={place}")
-    monkeypatch.setattr(launch, "submit", lambda *_: 7)
+    (tmp_path / "linked").symlink_to(tmp_path / "s")
+    monkeypatch.setattr(launch, "submit", refused)
     monkeypatch.setattr(launch, "control_of", Link([Run(5, "running", "", place)]).of)
     monkeypatch.setattr(deploy, "_follow", stopped)
+    goes_on = f"run 5 goes on, in {place}\n"
     assert resumed(tmp_path, place, monkeypatch) == 0
     said = capsys.readouterr().out
-    assert said.startswith(f"run 7, in {place}\n"), "5 is, to a SuperLink that has not missed it, a run whose ServerApp was killed"
-    assert f"`fedpeft server run --resume {place}` follows it again, `fedpeft server stop` ends it" in said
-    monkeypatch.setattr(launch, "submit", refused)
-    with alone(place):
-        assert resumed(tmp_path, place, monkeypatch) == 0
-        assert capsys.readouterr().out.startswith(f"run 5 goes on, in {place}\n")
+    assert said.startswith(goes_on), "its ServerApp has not come so far as to write there"
+    server = f"-c {tmp_path / 'server.yaml'}"
+    assert f"`fedpeft server run --resume {place} {server}` follows it again, `fedpeft server stop {server}` ends it" in said
+    with alone(place, "5"):
+        for folder in (place, tmp_path / "linked" / "runs" / "one"):
+            assert resumed(tmp_path, folder, monkeypatch) == 0
+            assert capsys.readouterr().out.startswith(goes_on)
         monkeypatch.setattr(launch, "control_of", Link([Run(5, "running", "", tmp_path)]).of)
         assert resumed(tmp_path, place, monkeypatch) == 2
-    assert "this run goes on in another process" in capsys.readouterr().err
+        assert "this run goes on in another process" in capsys.readouterr().err
+    monkeypatch.setattr(launch, "control_of", Link([Run(5, "running", "", place)]).of)
+    monkeypatch.setattr(launch, "submit", lambda *_: 7)
+    assert resumed(tmp_path, place, monkeypatch) == 0
+    assert capsys.readouterr().out.startswith(f"run 7, in {place}\n"), "5 has ended, which the SuperLink has not heard"
+
+
+def test_a_run_that_has_not_begun_to_write_is_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(deploy, "_follow", lambda *_: None)
+    place = tmp_path / "s" / "runs" / "one"
+    for run, code, said in (
+        (Run(5, "pending", "", place), 0, f"run 5 goes on, in {place}"),
+        (Run(5, "finished:failed", "", place), 2, "is not the folder of a run"),
+    ):
+        monkeypatch.setattr(launch, "control_of", Link([run]).of)
+        assert resumed(tmp_path, place, monkeypatch) == code
+        out = capsys.readouterr()
+        assert said in out.out + out.err
+
+
+def test_stop_ends_what_goes_on_and_waits_until_nobody_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "server.yaml").write_text("state: s\nclients: 1\ninsecure: true\nfleet: 127.0.0.1:9\ncontrol: 127.0.0.1:9\n")
+    monkeypatch.setattr(deploy, "ENDS", 0.3)
+    place, ended = tmp_path / "s" / "runs" / "one", list[int]()
+    for run, words, expected in (
+        (Run(5, "running", "", place), f"stopped: run 5, in {place}\n", [5]),
+        (Run(5, "finished:failed", "", place), "no run goes on\n", []),
+    ):
+        link = Link([run])
+        monkeypatch.setattr(link, "stop", ended.append, raising=False)
+        monkeypatch.setattr(launch, "control_of", link.of)
+        monkeypatch.setattr(sys, "argv", ["fedpeft", "server", "stop", "-c", str(tmp_path / "server.yaml")])
+        began = time.monotonic()
+        with alone(place, "5"), pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert stop.value.code == 0
+        assert (time.monotonic() - began >= 0.3) == bool(expected)
+        assert capsys.readouterr().out == words
+        assert ended == expected
+        ended.clear()
 
 
 def test_who_begins_a_run_beside_another_is_warned(
@@ -220,14 +270,35 @@ def test_status_shows_a_run_before_its_first_round_and_one_that_was_refused(
         assert f"running     superlink 5\nnodes       1\nclients     2\nonline      a\noffline     b\nrun         {place}\n{words}" in said
 
 
+def test_status_says_that_the_superlink_does_not_answer_and_shows_what_lies_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "server.yaml").write_text("state: s\nclients: 2\ninsecure: true\nfleet: 127.0.0.1:9\ncontrol: 127.0.0.1:9\n")
+    monkeypatch.setattr(deploy, "_running", lambda _: {"superlink": 5})
+    for name in ("1", "2"):
+        begun(tmp_path / "s" / "runs" / name)
+    (tmp_path / "s" / "runs" / "1" / "report.html").touch()
+    (tmp_path / "s" / "runs" / "notes").touch()
+    shown(tmp_path, monkeypatch)
+    said = capsys.readouterr().out
+    assert "unreachable no SuperLink answers at control=127.0.0.1:9" in said
+    assert f"run         {tmp_path / 's' / 'runs' / '2'}\nround       0\n" in said
+
+
 def test_who_is_shut_out_is_named_by_the_key_or_the_node(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "server.yaml").write_text("state: s\nclients: 2\ninsecure: true\nfleet: 127.0.0.1:9\ncontrol: 127.0.0.1:10\n")
+    certs.create(tmp_path / "certs", ["localhost"], now=datetime.now(UTC))
+    for name in ("a", "b"):
+        certs.make_client(tmp_path / "certs", name)
+    public = tmp_path / "certs" / "a.pub"
+    (tmp_path / "server.yaml").write_text(SERVER.format(port=9) + TLS + "keys: [certs/a.pub]")
+    old, new, other = Node(1, "a", "offline", b""), Node(2, "a", "online", key_of(public)), Node(3, "b", "registered", b"")
 
-    def unregister(names: list[str], online: int = 1) -> tuple[int, str, list[int]]:
-        link, shut = Link([], online=online), list[int]()
+    def unregister(*names: str, nodes: Sequence[Node]) -> tuple[int, str, list[int]]:
+        link, shut = Link([]), list[int]()
         monkeypatch.setattr(link, "unregister", shut.append, raising=False)
+        monkeypatch.setattr(link, "nodes", lambda: list(nodes))
         monkeypatch.setattr(launch, "control_of", link.of)
         monkeypatch.setattr(sys, "argv", ["fedpeft", "server", "unregister", *names, "-c", str(tmp_path / "server.yaml")])
         with pytest.raises(SystemExit) as stop:
@@ -235,6 +306,11 @@ def test_who_is_shut_out_is_named_by_the_key_or_the_node(
         out = capsys.readouterr()
         return int(str(stop.value.code)), out.out + out.err, shut
 
-    assert unregister(["a", "2"]) == (0, "a: shut out, node 1\n2: shut out, node 2\n", [1, 2])
-    assert unregister(["a", "c"]) == (2, "fedpeft: c is not let in; there are a, b\n", [])
-    assert unregister(["a"], online=2) == (2, "fedpeft: a is the name of nodes 1, 1: say which, by its number\n", [])
+    gone = f"a: shut out, node 2\ntake {public} away, else `server up` warns of it\n"
+    assert unregister("a", "3", "b", "2", nodes=[new, other]) == (0, f"{gone}b: shut out, node 3\n", [2, 3])
+    assert unregister("a", "c", nodes=[new, other]) == (2, "fedpeft: c is not let in; there are a, b\n", [])
+    code, said, shut = unregister("a", nodes=[old, new])
+    assert (code, shut) == (2, [])
+    assert said == f"fedpeft: a is the name of several nodes, say which by its number: 1 (offline), 2 (online, {public})\n"
+    assert unregister("c", nodes=[old, new])[1] == "fedpeft: c is not let in; there are a (1), a (2)\n"
+    assert unregister("1", nodes=[old, new])[2] == [1]

@@ -9,6 +9,8 @@ import pytest
 
 from fedpeft.config import ConfigError
 from fedpeft.deployment import Tls
+from fedpeft.processes import Processes
+from server import launch
 from server.certs import create
 from server.launch import ServerFile, check, read, superexec, superlink, up, words_of
 
@@ -66,6 +68,13 @@ def test_the_superlink_is_flowers_with_tls_node_keys_and_a_database() -> None:
 
 
 @pytest.mark.fast
+@pytest.mark.parametrize(("control", "called"), [("0.0.0.0:8000", "127.0.0.1:8000"), ("[::]:8000", "[::1]:8000"), ("10.0.0.5:8000",) * 2])
+def test_a_server_calls_itself_by_an_address_that_its_certificate_has(control: str, called: str) -> None:
+    command = superexec(ServerFile(Path("/s"), 2, control=control, tls=TLS), Path("/secret"))
+    assert command[command.index("--runtime-api-address") + 1] == called
+
+
+@pytest.mark.fast
 def test_the_superexec_shares_the_secret_and_the_authority() -> None:
     command = shlex.join(superexec(ServerFile(Path("/s"), 2, tls=TLS), Path("/s/secret")))
     assert "--root-certificates /ca.crt --runtime-api-address 127.0.0.1:8000 --superexec-auth-secret-file /s/secret" in command
@@ -105,3 +114,20 @@ def test_a_file_that_is_no_public_key_starts_nothing(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"keys: .*north\.pub holds no public key in OpenSSH's format"):
         up(server)
     assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("ran", [True, False])
+def test_up_in_a_loop_outlives_a_question_that_is_not_answered(
+    ran: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """systemd's unit ends, with the run, once `up` fails."""
+    monkeypatch.setattr(Processes, "running", lambda _, name: 5 if ran else None)
+    monkeypatch.setattr(Processes, "start", lambda *_: False)
+    monkeypatch.setattr(launch, "_wait", lambda *_: None)
+    server = ServerFile(tmp_path / "s", 2, fleet="127.0.0.1:9", control="127.0.0.1:9")
+    if ran:
+        assert up(server) == ([], [])
+        assert "no key was let in: no SuperLink answers" in caplog.text
+    else:
+        with pytest.raises(OSError, match="no SuperLink answers"):
+            up(server)
