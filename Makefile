@@ -35,7 +35,7 @@ demo: $(VENV)/.run  ## 100 clients federate LoRA on turned digits; ARGS="strateg
 	$(BIN)/fedpeft run $(ARGS)
 
 test: $(VENV)/.test $(VENV)/.minilm lint  ## everything: lint, types, layers, all tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not deploy" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist worksteal -m "not deploy" $(ARGS)
 
 fast: $(VENV)/.test  ## the tests that take seconds
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m fast $(ARGS)

@@ -109,6 +109,7 @@ def up(path: Path, site: SiteFile) -> list[str]:
         processes.start("supernode", supernode(site), variables)
         if not _ended(processes, before):
             return [*started, "supernode"]
+        processes.stop("supernode")  # its SuperExec, which misses it only where dead processes are reaped
         if why := _refused(processes.said("supernode", before), site):
             raise ConfigError(why)
         if time.monotonic() > until:

@@ -26,17 +26,14 @@ class Processes:
 
     def running(self, name: str) -> int | None:
         """The pid of the process `name`, if it runs."""
-        try:
-            noted = json.loads((self.folder / f"{name}.pid").read_text())
-        except (FileNotFoundError, json.JSONDecodeError):
-            return None
-        pid = int(noted["pid"])
-        return pid if _born(pid) == noted["born"] else None
+        pid, born = self._noted(name)
+        return pid if born is not None and _born(pid) == born else None
 
     def start(self, name: str, command: Sequence[str], environment: Mapping[str, str]) -> bool:
         """Starts `command` in this folder, in a session of its own, unless it runs; True if it was started."""
         if self.running(name) is not None:
             return False
+        self.stop(name)  # what one that ended by itself has left
         with self.log(name).open("a") as log:
             made = subprocess.Popen(
                 command, cwd=self.folder, env=dict(environment), stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
@@ -47,15 +44,17 @@ class Processes:
 
     def stop(self, name: str) -> bool:
         """Ends the process `name`, by force if it does not end within `PATIENCE`, and then all that it started; True if it ran."""
-        pid = self.running(name)
-        if pid is not None:
+        pid, born = self._noted(name)
+        ran = self.running(name) is not None
+        if ran:
             os.kill(pid, signal.SIGTERM)
             self._gone(name, PATIENCE)
+        if ran or (born is not None and _born(pid, ended=True) == born):  # nobody else has this number while it is there
             with suppress(ProcessLookupError):
                 os.killpg(pid, signal.SIGKILL)  # it leads a session of its own
             self._gone(name, PATIENCE)
         (self.folder / f"{name}.pid").unlink(missing_ok=True)
-        return pid is not None
+        return ran
 
     def names(self) -> list[str]:
         """Of all processes that were started here and not stopped."""
@@ -78,6 +77,14 @@ class Processes:
         """The end of its log, for an error message."""
         return "\n".join([f"{self.log(name)} ends with", *self.said(name).decode(errors="replace").splitlines()[-lines:]])
 
+    def _noted(self, name: str) -> tuple[int, str | None]:
+        """(pid, when it began) of the process `name` when it was started; (0, None) if it was not."""
+        try:
+            noted = json.loads((self.folder / f"{name}.pid").read_text())
+        except (FileNotFoundError, json.JSONDecodeError):
+            return 0, None
+        return int(noted["pid"]), noted["born"]
+
     def _gone(self, name: str, seconds: float) -> bool:
         until = time.monotonic() + seconds
         while self.running(name) is not None:
@@ -87,8 +94,10 @@ class Processes:
         return True
 
 
-def _born(pid: int) -> str | None:
-    """When the process began, in words that no other process of this pid shares; None if it has ended."""
+def _born(pid: int, *, ended: bool = False) -> str | None:
+    """When the process began, in words that no other process of this pid shares; None if it is not there, or no longer than for whoever
+    started it to look (unless `ended`).
+    """
     stat = Path(f"/proc/{pid}/stat")
     if not stat.parent.parent.joinpath("self").exists():  # no Linux: to the second
         found = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True, check=False)
@@ -98,6 +107,6 @@ def _born(pid: int) -> str | None:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except (FileNotFoundError, ProcessLookupError):
         return None
-    if fields[0] in "ZX":  # a zombie has ended; who started it has not looked yet
+    if fields[0] in "ZX" and not ended:  # a zombie has ended; who started it has not looked yet
         return None
     return f"{boot} {fields[19]}"  # ticks since boot

@@ -67,6 +67,26 @@ def test_one_that_does_not_hear_is_killed_with_what_it_started(here: Processes, 
 
 
 @pytest.mark.fast
+@pytest.mark.parametrize("again", [False, True])
+def test_what_one_that_ended_by_itself_has_left_is_ended_too(here: Processes, again: bool) -> None:
+    """Where nobody reaps dead processes, as in a container without an init, a child cannot tell that its parent is gone."""
+    here.start("short", [sys.executable, "-c", f"import subprocess; print(subprocess.Popen({SLEEPS!r}).pid)"], os.environ)
+    while here.running("short") is not None:
+        os.sched_yield()
+    child = int(here.log("short").read_text())
+    assert processes._born(child) is not None
+    if again:
+        assert here.start("short", SLEEPS, os.environ)
+    else:
+        assert not here.stop("short")
+    until = time.monotonic() + 30
+    while processes._born(child) is not None:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    assert (here.running("short") is not None) == again
+
+
+@pytest.mark.fast
 def test_one_that_ended_by_itself_runs_no_more_and_its_log_says_why(here: Processes) -> None:
     here.start("short", [sys.executable, "-c", "print('no such port')"], os.environ)
     while here.running("short") is not None:
