@@ -133,7 +133,9 @@ def test_a_deployed_run_gives_the_adapter_of_fedpeft_run_though_a_worker_is_kill
 
 def _stopped_followed_and_resumed(federation: Federation, first: dict[str, object]) -> None:
     """Another run: who followed it goes away, somebody follows it again, it is stopped, and goes on; then a client is shut out."""
-    with subprocess.Popen([FEDPEFT, "server", "run", "rounds=5"], cwd=federation.folder, stdout=subprocess.PIPE, text=True) as following:
+    with subprocess.Popen(
+        [FEDPEFT, "server", "run", "rounds=5"], cwd=federation.folder, stdout=subprocess.PIPE, text=True, preexec_fn=_hears
+    ) as following:
         assert following.stdout is not None
         place = following.stdout.readline().strip().partition(", in ")[2]
         assert "round 1" in following.stdout.readline()
@@ -165,6 +167,11 @@ def _stopped_followed_and_resumed(federation: Federation, first: dict[str, objec
     told = json.loads(federation.call("status", "-c", "server.yaml", "--json"))
     assert told["online"] == ["site0", "site1"]
     assert "site2 was shut out, and its key stays out" in federation.call("server", "up")
+
+
+def _hears() -> None:
+    """Ctrl-C is heard, though a shell that starts commands in the background has them ignore it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _lives(folder: Path) -> Iterator[str]:
