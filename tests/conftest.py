@@ -43,9 +43,23 @@ settings.register_profile("explore", max_examples=1000, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 
+@pytest.hookimpl(trylast=True)  # what -m leaves out is out
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Those that wait for processes come first: beside them another worker of xdist has work to do, at the end it would have none."""
-    items.sort(key=lambda item: "e2e" not in item.path.parts)
+    """Those that wait for processes come first, so that none is waited for at the end, and each worker of xdist has as many of them.
+
+    What is collected is dealt to xdist's workers in blocks, one after the other (`--dist worksteal`).
+    """
+    items.sort(key=lambda item: 0 if "e2e" in item.path.parts else 1 if item.get_closest_marker("slow") else 2)
+    waiting = sum("e2e" in item.path.parts or item.get_closest_marker("slow") is not None for item in items)
+    first, rest, dealt = items[:waiting], items[waiting:], list[pytest.Item]()
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    for worker in range(workers):
+        block = (len(items) - len(dealt)) // (workers - worker)
+        own = first[worker::workers]
+        more = max(block - len(own), 0)
+        dealt += own + rest[:more]
+        rest = rest[more:]
+    items[:] = dealt + rest
 
 
 @pytest.fixture(scope="session", autouse=True)
