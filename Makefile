@@ -40,7 +40,7 @@ test: $(VENV)/.test $(VENV)/.minilm lint  ## everything: lint, types, layers, al
 fast: $(VENV)/.test  ## the tests that take seconds
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m fast $(ARGS)
 
-test-deploy: $(VENV)/.test  ## servers and clients as they are deployed: TLS, node keys, several hosts, every drill; up to an hour
+test-deploy: $(VENV)/.test  ## servers and clients as they are deployed: TLS, node keys, several hosts, every drill; half an hour
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/e2e/test_deployment.py tests/e2e/test_hosts.py tests/e2e/test_drills.py \
 		tests/clients/test_worker.py tests/clients/test_forward.py $(ARGS)
 
