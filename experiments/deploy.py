@@ -106,6 +106,8 @@ def server_stop(config: ServerConfig = Path("server.yaml"), insecure: Insecure =
             while run.folder and held(run.folder) and time.monotonic() < until:  # its ServerApp hears of it when it calls next
                 time.sleep(0.1)
             print(f"stopped: run {run.number}, in {run.folder}")
+            if run.folder and held(run.folder):
+                log.warning("its ServerApp has not ended within %.0f s; `--resume` has to wait until it has", ENDS)
     if not live:
         print("no run goes on")
 
