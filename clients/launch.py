@@ -91,8 +91,7 @@ def up(path: Path, site: SiteFile) -> list[str]:
     let the SuperNode in; one that was killed is kept out until the server has missed it, for about a minute.
     """
     state = state_folder(site.state)
-    processes, variables = Processes(state), environment(state, poll=POLL)
-    variables["PATH"] = f"{own_code(state)}{os.pathsep}{variables['PATH']}"
+    processes, variables = Processes(state), variables_of(state)
     started = []
     command = [sys.executable, "-c", "from fedpeft.cli import main; main()", "client", "worker", "--config", str(path.resolve())]
     begun = state / "begun.yaml"  # the file as worker and SuperNode began with it
@@ -122,6 +121,12 @@ def up(path: Path, site: SiteFile) -> list[str]:
             warned = True
         time.sleep(AGAIN)
     return started
+
+
+def variables_of(state: Path) -> dict[str, str]:
+    """The environment of worker and SuperNode."""
+    made = environment(state, poll=POLL)
+    return made | {"PATH": f"{own_code(state)}{os.pathsep}{made['PATH']}"}
 
 
 def supernode(site: SiteFile) -> list[str]:

@@ -33,6 +33,7 @@ DOORS = {
         "clients/forward.py",
         "clients/process.py",
         "clients/site.py",
+        "experiments/drill/twice.py",  # a SuperNode that sends twice
         "experiments/drill/simulation.py",  # breaks messages and replies as Flower's own parts would
         "experiments/benchmarks/",
     ],

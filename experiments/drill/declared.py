@@ -49,6 +49,7 @@ DEPLOYED = (
     # Its own seed: a SuperLink that still holds the very bytes of an update, as after `late`, takes them as sent.
     Drill("slow", "A client's line is so slow that its reply, begun in time, is not whole at the deadline", Event("slow"),
           "no answer within 40 s", overrides=(*LEFT, "seed=1")),
+    Drill("twice", "A SuperNode sends every reply twice", Event("twice")),
     Drill("lost", "A worker's answer is lost on its way to the ClientApp, which asks again", Event("lost")),
     Drill("raises", "A client's training raises", Event("raises"), "out of memory"),
     Drill("stale", "A client answers with its update of the round before", Event("stale"), "its reply is of round 0"),

@@ -21,6 +21,7 @@ from pathlib import Path
 from clients import launch as client_side
 from experiments.drill.event import CLIENTS, SMALL, Event, Ran, read_ran
 from experiments.drill.line import Line
+from experiments.drill.twice import SENT
 from experiments.drill.worker import HELD
 from fedpeft.config import app_folder
 from fedpeft.ledger import Ledger
@@ -70,7 +71,7 @@ class Deployed:
     def run(self, event: Event, overrides: tuple[str, ...] = ()) -> Ran:
         """See `Runner`."""
         self._prepare(event)
-        with self._followed(*SMALL, PATIENT, *overrides) as first:
+        with self._doubled(event), self._followed(*SMALL, PATIENT, *overrides) as first:
             stopped = self._happens(event, first) if event.kind in OUTSIDE else None
             if stopped is None and first.wait():
                 stopped = first.said()
@@ -97,6 +98,28 @@ class Deployed:
             _met(partial(client_side.answers, self._site(client).socket), f"client {client}'s worker did not begin{self._logs()}")
         with ThreadPoolExecutor() as pool:
             list(pool.map(self._client_up, range(CLIENTS)))
+
+    @contextmanager
+    def _doubled(self, event: Event) -> Iterator[None]:
+        """With SuperNodes that send twice, where that is the event."""
+        clients = event.clients if event.kind == "twice" else ()
+        for client in clients:
+            self._sends_twice(client)
+        yield
+        for client in clients:
+            self._processes(client).stop("supernode")
+            if not (self._state(client) / SENT).exists():
+                raise OSError(f"client {client} sent nothing twice")
+
+    def _sends_twice(self, client: int) -> None:
+        """The client's SuperNode from now on."""
+        processes, state = self._processes(client), self._state(client)
+        processes.stop("supernode")
+        before = len(processes.said("supernode"))
+        program = f"import sys; sys.path.insert(0, {str(app_folder())!r}); from experiments.drill.twice import main; main()"
+        command = [sys.executable, "-c", program, *client_side.supernode(self._site(client))[1:]]
+        processes.start("supernode", command, client_side.variables_of(state))
+        _met(lambda: b"SuperNode ID:" in processes.said("supernode", before), f"client {client} was not let in{self._logs()}")
 
     def _happens(self, event: Event, run: "Following") -> str | None:
         """Does what is done from outside, once the event's clients are in mid-fit; gives why the run has to be resumed."""

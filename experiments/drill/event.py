@@ -29,9 +29,15 @@ class Event:
     clients: tuple[int, ...] = (1,)
     times: int = 1
 
+    def at(self, round: object, client: int) -> bool:
+        """Whether it happens to this client in this round."""
+        return round in self.rounds and client in self.clients
+
     @property
     def held(self) -> tuple[int, ...]:
         """Clients that are kept in mid-fit while it happens: its own, and another where the round has to last until one is back."""
+        if self.kind == "twice":  # which is the SuperNode's doing
+            return ()
         return (*self.clients, 0) if self.kind in ("killed", "supernode") else self.clients
 
 

@@ -129,7 +129,7 @@ class Network(InProcessGrid):
     def _hits(self, client: int, round: object) -> bool:
         self._turns[client, round] += 1
         event = self._event
-        return event.kind != "none" and client in event.clients and round in event.rounds and self._turns[client, round] <= event.times
+        return event.kind != "none" and event.at(round, client) and self._turns[client, round] <= event.times
 
     def _reply(self, client: int, message: Message) -> Message:
         """As a ClientApp answers: what it raises is an error."""

@@ -25,11 +25,22 @@ from fedpeft.ledger import Ledger
 NAME, ADDRESS = "fl.example.org", "10.0.0.5"  # of the server, as the page has them
 NAMES = ("north", "south", "east", "west")
 CUT = 2  # east's index
-ROUNDS, DEADLINE = 5, 30  # a round takes 5 s here, on a busy machine 20
+ROUNDS, DEADLINE = 8, 30  # a round takes 5 s here, on a busy machine 20 and more
 RUN = [f"rounds={ROUNDS}", f"deadline={DEADLINE}", f"evaluate.every={ROUNDS}"]
 SLOW = ("delay", "20ms", "5ms", "loss", "1%", "rate", "20mbit")  # a line from a clinic, in each direction
 NARROW = ("rate", "20mbit", "burst", "64kb", "latency", "400ms")  # what a kernel without netem has of it
 PAGE = (app_folder() / "docs" / "deploy.md").read_text()
+
+
+@dataclass(frozen=True)
+class Missed(Event):
+    """What the hosts' run has missed: at each of `places`, (round, client), training raises."""
+
+    places: frozenset[tuple[int, int]] = frozenset()
+
+    def at(self, round: object, client: int) -> bool:
+        """See `Event`."""
+        return (round, client) in self.places
 
 
 @dataclass(frozen=True)
@@ -195,17 +206,15 @@ def test_a_host_that_is_cut_off_is_a_fault_until_it_is_back_and_the_adapter_is_t
             assert run.wait(60) == 0, network.logs()
         finally:
             run.kill()
-    entries = ledger(network)
-    missed = tuple(entry["round"] for entry in entries if entry["faults"])
-    assert [entry["answers"] for entry in entries] == [len(NAMES) - (entry["round"] in missed) for entry in entries]
-    assert {(fault["client"], fault["reason"]) for entry in entries for fault in entry["faults"]} == {
-        (CUT, f"no answer within {DEADLINE} s")
-    }
-    assert missed[-1] < ROUNDS - 1, entries  # it was back
-
-    alike = Simulation(network.folder).run(Event("raises", missed, (CUT,)), tuple(RUN))
     (there,) = (network.folder / "server" / "state" / "runs").iterdir()
-    assert read_ran(there).end == alike.end
+    ran = read_ran(there)
+    assert [entry["answers"] for entry in ran.entries] == [len(NAMES) - len(entry["faults"]) for entry in ran.entries]
+    missed = sorted(round for round, client in ran.faults if client == CUT)
+    assert ran.faults[missed[0], CUT] == f"no answer within {DEADLINE} s"
+    assert missed[-1] < ROUNDS - 1, ran.faults  # it was back
+
+    # On a machine that is busy enough others are late as well: then they, too, are left out of the run that it is compared with.
+    assert ran.end == Simulation(network.folder).run(Missed("raises", places=frozenset(ran.faults)), tuple(RUN)).end, ran.faults
     told = json.loads(
         subprocess.run(
             [*network.words("server", "fedpeft status -c server.yaml"), "--json"],
