@@ -4,6 +4,10 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 ARGS   ?=
 
+INSTALL = $(BIN)/python -m pip install -q --no-compile --disable-pip-version-check -c constraints.txt
+# On all cores, where pip takes one. Some packages hold templates that are no Python: those are passed over.
+COMPILE = $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib > /dev/null || true
+
 .PHONY: demo test test-deploy fast install minilm lint clean
 .DEFAULT_GOAL := help
 
@@ -16,11 +20,13 @@ $(BIN)/python:
 
 $(VENV)/.run: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing PyTorch, transformers, Flower and what they need into $(VENV): some minutes, about 2 GB"
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e .
+	$(INSTALL) -e .
+	@$(COMPILE)
 	@touch $@
 
 $(VENV)/.test: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[test]'
+	$(INSTALL) -e '.[test]'
+	@$(COMPILE)
 	@touch $@ $(VENV)/.run
 
 $(VENV)/.minilm: | $(BIN)/python

@@ -5,6 +5,9 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -65,26 +68,80 @@ place.connect = connect
 LANE_DIES = KILLS["while a client of the third round trains"]
 
 
+# Runs are forks of one process that has imported all they need: what is killed is a process of its own, which did not take 8 s to begin.
+FORKS = """
+import json, os, signal, sys
+from fedpeft.config import app_folder
+sys.path.insert(0, str(app_folder()))
+import clients.engine, experiments.progress, experiments.report, experiments.simulate, experiments.cli, fedpeft.cli
+import hydra, matplotlib.backends.backend_svg, sklearn.datasets, transformers.models.vit.modeling_vit
+for line in sys.stdin:
+    arguments, before, said, errors = json.loads(line)
+    child = os.fork()
+    if not child:
+        signal.alarm(300)  # seconds: one that hangs is killed
+        for number, path in ((1, said), (2, errors)):
+            os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY), number)
+        sys.argv = ["fedpeft", *arguments]
+        exec(before)
+        fedpeft.cli.main()
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@dataclass(frozen=True)
+class Fedpeft:
+    """The command, run in a process of its own each time."""
+
+    forks: "subprocess.Popen[str]"
+    folder: Path
+
+    def __call__(self, *arguments: str, before: str = "") -> tuple[int, str]:
+        """Its exit code, and what it wrote to stderr; `before` is run before it."""
+        assert self.forks.stdin
+        assert self.forks.stdout
+        said, errors = (Path(tempfile.mkdtemp(dir=self.folder)) / name for name in ("stdout", "stderr"))
+        self.forks.stdin.write(json.dumps([arguments, before, str(said), str(errors)]) + "\n")
+        self.forks.stdin.flush()
+        return int(self.forks.stdout.readline()), errors.read_text()
+
+    def begin(self, folder: Path, strategy: str, *, before: str = "") -> tuple[int, str]:
+        return self("run", *RUN, f"strategy={strategy}", f"run.dir={folder}", "--quiet", before=before)
+
+    def goes_on(self, folder: Path, whole: Path) -> None:
+        """Resumed, the run in `folder` ends with the adapter and the ledger of the one in `whole`."""
+        code, errors = self("run", "--resume", str(folder), "--quiet")
+        assert code == 0, errors
+        name = "adapter/adapter_model.safetensors"
+        assert (folder / name).read_bytes() == (whole / name).read_bytes()
+        assert [kept(line) for line in lines(folder)] == [kept(line) for line in lines(whole)]
+
+
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
+def fedpeft(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fedpeft]:
+    environment = os.environ | {"FEDPEFT_CACHE": str(tmp_path_factory.mktemp("cache")), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        [sys.executable, "-c", FORKS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as forks:
+        yield Fedpeft(forks, tmp_path_factory.mktemp("said"))
 
 
 @pytest.fixture(scope="module", params=["fedsa", "fedopt"])
-def uninterrupted(request: pytest.FixtureRequest, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+def uninterrupted(request: pytest.FixtureRequest, fedpeft: Fedpeft, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """FedSA has state at the clients, FedOpt at the server."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    assert begin(cache, folder, request.param).returncode == 0
+    code, errors = fedpeft.begin(folder, request.param)
+    assert code == 0, errors
     return request.param, folder
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", KILLS)
-def test_a_killed_run_resumes_to_the_same_bits(moment: str, uninterrupted: tuple[str, Path], cache: Path, tmp_path: Path) -> None:
+def test_a_killed_run_resumes_to_the_same_bits(moment: str, uninterrupted: tuple[str, Path], fedpeft: Fedpeft, tmp_path: Path) -> None:
     strategy, whole = uninterrupted
-    killed = begin(cache, tmp_path / "run", strategy, before=KILLS[moment])
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert_goes_on(cache, tmp_path / "run", whole)
+    code, errors = fedpeft.begin(tmp_path / "run", strategy, before=KILLS[moment])
+    assert code == -signal.SIGKILL, errors
+    fedpeft.goes_on(tmp_path / "run", whole)
 
 
 @pytest.mark.slow
@@ -103,37 +160,14 @@ def test_a_killed_run_resumes_to_the_same_bits(moment: str, uninterrupted: tuple
     ids=["a lane is killed", "the disk is full"],
 )
 def test_a_run_that_ends_says_why_in_one_sentence_and_goes_on(
-    before: str, words: str, uninterrupted: tuple[str, Path], cache: Path, tmp_path: Path
+    before: str, words: str, uninterrupted: tuple[str, Path], fedpeft: Fedpeft, tmp_path: Path
 ) -> None:
     strategy, whole = uninterrupted
-    assert_said(begin(cache, tmp_path / "run", strategy, before=before), words)
-    assert_goes_on(cache, tmp_path / "run", whole)
-
-
-def begin(cache: Path, folder: Path, strategy: str, *, before: str = "") -> subprocess.CompletedProcess[str]:
-    return fedpeft(cache, ["run", *RUN, f"strategy={strategy}", f"run.dir={folder}", "--quiet"], before=before)
-
-
-def assert_said(stopped: subprocess.CompletedProcess[str], words: str) -> None:
-    assert stopped.returncode == 1
-    assert words in stopped.stderr
-    assert "Traceback" not in stopped.stderr
-
-
-def assert_goes_on(cache: Path, folder: Path, whole: Path) -> None:
-    """Resumed, the run in `folder` ends with the adapter and the ledger of the one in `whole`."""
-    resumed = fedpeft(cache, ["run", "--resume", str(folder), "--quiet"])
-    assert resumed.returncode == 0, resumed.stderr
-    name = "adapter/adapter_model.safetensors"
-    assert (folder / name).read_bytes() == (whole / name).read_bytes()
-    assert [kept(line) for line in lines(folder)] == [kept(line) for line in lines(whole)]
-
-
-def fedpeft(cache: Path, arguments: list[str], before: str = "") -> subprocess.CompletedProcess[str]:
-    program = f"import os, signal, sys\nfrom fedpeft.config import app_folder\nsys.path.insert(0, str(app_folder()))\n{before}\n"
-    program += f"sys.argv = ['fedpeft', *{arguments!r}]\nfrom fedpeft.cli import main\nmain()\n"
-    environment = os.environ | {"FEDPEFT_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, env=environment, timeout=300)
+    code, errors = fedpeft.begin(tmp_path / "run", strategy, before=before)
+    assert code == 1
+    assert words in errors
+    assert "Traceback" not in errors
+    fedpeft.goes_on(tmp_path / "run", whole)
 
 
 def lines(folder: Path) -> list[dict[str, object]]:
