@@ -304,7 +304,7 @@ def main() -> None:
     """Runs the command; exit code 2 for what the user can fix in the command, 1 for a run that failed."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
     try:
-        code = app(standalone_mode=False)  # typer gives the code of an Exit back, and 130 for Ctrl-C
+        code = app(prog_name="fedpeft", standalone_mode=False)  # typer gives the code of an Exit back, and 130 for Ctrl-C
         if code == 130:
             _say("stopped; continue with `fedpeft run --resume` and the run's folder", 130)
         sys.exit(code or 0)
