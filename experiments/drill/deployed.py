@@ -88,8 +88,7 @@ class Deployed:
             processes.stop("worker")
             (self._state(client) / HELD).unlink(missing_ok=True)
             if client in event.held and event.kind != "none":
-                program = f"import sys; sys.path.insert(0, {str(app_folder())!r}); from experiments.drill.worker import main; main()"
-                command = [sys.executable, "-c", program, str(self._site_file(client)), json.dumps(asdict(event))]
+                command = [*_own("worker"), str(self._site_file(client)), json.dumps(asdict(event))]
                 self._state(client).mkdir(mode=0o700, exist_ok=True)
                 processes.start("worker", command, os.environ)
         self._odd = set(event.held)
@@ -103,11 +102,14 @@ class Deployed:
     def _doubled(self, event: Event) -> Iterator[None]:
         """With SuperNodes that send twice, where that is the event."""
         clients = event.clients if event.kind == "twice" else ()
+        try:
+            for client in clients:
+                self._sends_twice(client)
+            yield
+        finally:
+            for client in clients:
+                self._processes(client).stop("supernode")
         for client in clients:
-            self._sends_twice(client)
-        yield
-        for client in clients:
-            self._processes(client).stop("supernode")
             if not (self._state(client) / SENT).exists():
                 raise OSError(f"client {client} sent nothing twice")
 
@@ -115,9 +117,9 @@ class Deployed:
         """The client's SuperNode from now on."""
         processes, state = self._processes(client), self._state(client)
         processes.stop("supernode")
+        (state / SENT).unlink(missing_ok=True)
         before = len(processes.said("supernode"))
-        program = f"import sys; sys.path.insert(0, {str(app_folder())!r}); from experiments.drill.twice import main; main()"
-        command = [sys.executable, "-c", program, *client_side.supernode(self._site(client))[1:]]
+        command = [*_own("twice"), *client_side.supernode(self._site(client))[1:]]
         processes.start("supernode", command, client_side.variables_of(state))
         _met(lambda: b"SuperNode ID:" in processes.said("supernode", before), f"client {client} was not let in{self._logs()}")
 
@@ -225,6 +227,15 @@ class Following:
         """Its exit code, when it ends."""
         self.until(lambda: self.process.poll() is not None, f"it did not end within {LONGEST:.0f} s")
         return self.process.wait()
+
+
+def _own(module: str) -> list[str]:
+    """What begins one of the drills' own programs."""
+    return [
+        sys.executable,
+        "-c",
+        f"import sys; sys.path.insert(0, {str(app_folder())!r}); from experiments.drill.{module} import main; main()",
+    ]
 
 
 def _kill(processes: Processes, name: str) -> str:

@@ -212,6 +212,8 @@ def test_a_host_that_is_cut_off_is_a_fault_until_it_is_back_and_the_adapter_is_t
     missed = sorted(round for round, client in ran.faults if client == CUT)
     assert ran.faults[missed[0], CUT] == f"no answer within {DEADLINE} s"
     assert missed[-1] < ROUNDS - 1, ran.faults  # it was back
+    assert max(entry["answers"] for entry in ran.entries) == len(NAMES), ran.faults
+    assert {reason for (_, client), reason in ran.faults.items() if client != CUT} <= {f"no answer within {DEADLINE} s"}
 
     # On a machine that is busy enough others are late as well: then they, too, are left out of the run that it is compared with.
     assert ran.end == Simulation(network.folder).run(Missed("raises", places=frozenset(ran.faults)), tuple(RUN)).end, ran.faults
